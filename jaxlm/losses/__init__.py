@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses: arrays in, terms out. A term is a sum and the weight it is to be divided by; only the step divides."""
+
+from jaxlm._lazy import attach
+
+__getattr__, __dir__ = attach(__name__, {"Term": "term", "next_token_terms": "next_token"})

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One train step, one loop; knows no method."""
+
+from jaxlm._lazy import attach
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "AdamW": "options",
+        "MeshOptions": "options",
+        "Phase": "phase",
+        "RunOptions": "options",
+        "State": "state",
+        "evaluate": "evaluate",
+        "make_mesh": "mesh",
+        "make_optimizer": "optimizer",
+        "make_train_step": "step",
+        "train": "loop",
+    },
+)

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight virtual devices on any machine, and strict settings: set before jax is imported."""
+
+import os
+
+# jax < 0.12 deadlocks when eight devices share few cores, unless its thread pool is told to be large.
+os.environ.setdefault("NPROC", "16")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
