@@ -1,2 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""data"""
+"""Records to batches: sources, chat templates, exact masks, packing once, then random access to packed rows."""
+
+from jaxlm._lazy import attach
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "BadRecord": "records",
+        "BatchStream": "stream",
+        "DataConfig": "config",
+        "Encoder": "encode",
+        "GENERATORS": "procedural",
+        "Hub": "config",
+        "JsonLines": "config",
+        "Parquet": "config",
+        "Prepared": "prepared",
+        "Procedural": "config",
+        "ReasoningGym": "config",
+        "Rows": "config",
+        "Source": "config",
+        "Task": "config",
+        "batches": "stream",
+        "byte_tokenizer": "tokenizers",
+        "finite_batches": "stream",
+        "load_tokenizer": "tokenizers",
+        "open_prepared": "prepared",
+        "prepare": "preparation",
+        "score": "procedural",
+    },
+)
