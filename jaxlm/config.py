@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one run is: model, tokenizer, data, method, numbers of the run, mesh; and how a config file becomes one.
+
+A config file is Python with a function `get_config() -> RunConfig`. Importing this module does not import jax.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import sys
+import traceback
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxlm.data.config import DataConfig
+from jaxlm.nn.config import ModelConfig
+from jaxlm.overrides import field_types, override
+from jaxlm.train.options import MeshOptions, RunOptions
+
+# What may differ between a run directory's config and the one that resumes it: where and how long, never what is learnt.
+MAY_CHANGE = (
+    "mesh",
+    "run.bad_checkpoint",
+    "run.directory",
+    "run.evaluate_every",
+    "run.keep_best",
+    "run.keep_last",
+    "run.log_every",
+    "run.micro_batches",
+    "run.peak_tflops",
+    "run.save_every",
+    "run.steps",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A model to start from, and how to compute it; its other numbers stand in the checkpoint."""
+
+    path: str  # a Hugging Face folder or a .gguf file
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
+    remat: Literal["none", "full", "dots"] = "none"
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    max_length: int | None = None  # tokens; None: what the checkpoint says
+
+    def overrides(self) -> dict[str, Any]:
+        """The ModelConfig fields that this sets: keyword arguments of `jaxlm.checkpoints.load`."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "path"}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run.
+
+    Attributes:
+      model: a ModelConfig starts from random parameters, a Pretrained from a checkpoint.
+      tokenizer: "bytes", a folder or .gguf file, or "" for the one that comes with a pretrained model.
+      data: the tasks and how their records become rows.
+      method: a dataclass of `jaxlm.methods`, such as `Sft()`.
+      run: steps, batch, directory, how often to log, evaluate and save.
+      mesh: devices along each mesh axis.
+    """
+
+    model: ModelConfig | Pretrained
+    tokenizer: str = ""
+    data: DataConfig
+    method: Any
+    run: RunOptions
+    mesh: MeshOptions = MeshOptions()
+
+    def __post_init__(self):
+        if not self.tokenizer and isinstance(self.model, ModelConfig):
+            raise ValueError('a model made from random numbers brings no tokenizer: set tokenizer="bytes" or a folder')
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """The config that a config file returns, or that a run directory stored, with overrides such as `run.steps=200`.
+
+    Raises: ValueError that names the file, and the line where it is the file's own mistake.
+    """
+    path = Path(path)
+    config = read_config(path) if path.is_dir() else _run_file(path)
+    return override(config, overrides)
+
+
+def _run_file(path: Path) -> RunConfig:
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise ValueError(f"there is no config file {path}" + (f"; {path.parent} has {', '.join(near)}" if near else ""))
+    name = f"jaxlm_config_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if path.suffix != ".py" or spec is None or spec.loader is None:
+        raise ValueError(f"a config file is Python, with a function get_config() -> RunConfig; got {path}")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ValueError(f"{path} has no function get_config() -> RunConfig")
+        config = module.get_config()
+    except SyntaxError as error:
+        raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from error
+    except (TypeError, NameError, AttributeError) as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+        raise ValueError(f"{path}, line {lines[-1] if lines else '?'}: {error}") from error
+    if not isinstance(config, RunConfig):
+        raise ValueError(f"get_config() of {path} must return a RunConfig, got {type(config).__name__}")
+    return config
+
+
+def to_json(config: Any) -> Any:
+    """A config as JSON values; every dataclass carries the name of its class under "class"."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        cls = type(config)
+        fields = {name: to_json(getattr(config, name)) for name in field_types(cls)}
+        return {"class": f"{cls.__module__}.{cls.__qualname__}"} | fields
+    if isinstance(config, Mapping):
+        return {str(key): to_json(value) for key, value in config.items()}
+    if isinstance(config, tuple | list):
+        return [to_json(value) for value in config]
+    if config is None or isinstance(config, bool | int | float | str):
+        return config
+    raise ValueError(f"a config holds numbers, text, tuples and dataclasses, got {type(config).__name__}: {config!r}")
+
+
+def from_json(value: Any) -> Any:
+    """What `to_json` was given. Classes are looked up in `jaxlm` only; lists in their fields become tuples."""
+    if isinstance(value, Mapping) and "class" in value:
+        module, _, name = str(value["class"]).rpartition(".")
+        if not module.startswith("jaxlm."):
+            raise ValueError(f"this config uses {value['class']}, which is not part of jaxlm: give its config file")
+        cls = getattr(importlib.import_module(module), name)
+        fields = {key: _frozen(from_json(inner)) for key, inner in value.items() if key != "class"}
+        if unknown := set(fields) - set(field_types(cls)):
+            raise ValueError(f"{name} has no field {sorted(unknown)[0]!r}: written by another version of jaxlm")
+        return cls(**fields)
+    if isinstance(value, Mapping):
+        return {key: from_json(inner) for key, inner in value.items()}
+    return [from_json(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+def write_config(directory: str | Path, config: RunConfig) -> Path:
+    """Stores the config as `config.json` in a run directory, in one piece or not at all."""
+    path = Path(directory) / "config.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(to_json(config), indent=1) + "\n")
+    return part.replace(path)
+
+
+def read_config(directory: str | Path) -> RunConfig:
+    """The config of a run directory."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} is no run directory: it has no config.json")
+    return from_json(json.loads(path.read_text()))
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """The config as `{"run.steps": 100, ...}`; a class stands at `<path>.class`, without its module."""
+
+    def walk(value: Any, path: str):
+        if isinstance(value, Mapping | list) and value:
+            for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+                short = str(inner).rpartition(".")[2] if key == "class" else inner
+                yield from walk(short, f"{path}.{key}" if path else str(key))
+        else:
+            yield path, value
+
+    return dict(walk(to_json(config), ""))
+
+
+def diff(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two configs differ: `{path: (before, after)}`, None where one has no such field."""
+    a, b = flat(before), flat(after)
+    return {path: (a.get(path), b.get(path)) for path in a | b if path not in a or path not in b or a[path] != b[path]}
+
+
+def check_resumable(stored: RunConfig, config: RunConfig) -> None:
+    """Refuses to go on with a run under another config; the fields of MAY_CHANGE may differ."""
+    changed = {p: v for p, v in diff(stored, config).items() if not any((p + ".").startswith(m + ".") for m in MAY_CHANGE)}
+    if changed:
+        what = "; ".join(f"{path} was {old!r} and is now {new!r}" for path, (old, new) in changed.items())
+        raise ValueError(f"{config.run.directory} holds a run of another config: {what}. Choose another run.directory")
