@@ -11,6 +11,11 @@ __getattr__, __dir__ = attach(
         "Lora": "config",
         "Model": "decoder",
         "ModelConfig": "config",
+        "adapted": "lora",
+        "add_lora": "lora",
+        "attend": "attention",
         "logical_axes": "axes",
+        "merge_drift": "lora",
+        "merge_lora": "lora",
     },
 )

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal attention with segments, windows and shared key heads.
+
+B batch, L queries, M keys, N query heads, K key heads, G = N / K queries a key head, H head width, D model width.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.dense import dense
+from jaxlm.nn.norm import rms_norm
+from jaxlm.nn.positions import rotate
+
+MASKED = -1e30  # finite, so that a wholly masked row averages its values instead of giving NaN
+
+
+def attend(
+    query_BLNH: jax.Array,
+    key_BMKH: jax.Array,
+    value_BMKH: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    window: int | jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """softmax(cap(scale * q k)) v over the past of the same segment.
+
+    Token i sees token j when j <= i, i - j < window, and both are of one segment.  Padding (segment 0) is a segment as
+    any other here: no real token sees it, and its own rows are finite.
+
+    Args:
+      query_BLNH: [B, L, N, H].
+      key_BMKH: [B, M, K, H] with M = L and K dividing N; head n reads key head n // (N / K).
+      value_BMKH: [B, M, K, H].
+      segment_ids: [B, L] int32, or None for one segment.
+      window: number of tokens seen, itself included; an int, a traced int32 scalar, or None for all of the past.
+      scale: of the scores; None: H ** -0.5.
+      softcap: scores become softcap * tanh(scores / softcap); None leaves them.
+      implementation: "xla" (any device; scores in float32), "cudnn" (NVIDIA, bf16 or fp16, no softcap), or "auto":
+        cudnn where it can, else xla.
+    Returns: [B, L, N, H] in the dtype of the query.
+    Raises: ValueError if a forced implementation cannot do it, naming the reason.
+    """
+    scale = query_BLNH.shape[-1] ** -0.5 if scale is None else scale
+    reason = cudnn_refusal(query_BLNH, softcap=softcap)
+    if implementation == "cudnn" and reason:
+        raise ValueError(f"attention 'cudnn' cannot do this: {reason}; use attention='auto' or 'xla'")
+    if implementation not in ("auto", "xla", "cudnn"):
+        raise ValueError(f"attention must be 'auto', 'xla' or 'cudnn', got {implementation!r}")
+    if implementation == "xla" or reason:
+        return _attend_xla(query_BLNH, key_BMKH, value_BMKH, segment_ids, window, scale, softcap)
+    return _attend_cudnn(query_BLNH, key_BMKH, value_BMKH, segment_ids, window, scale)
+
+
+def cudnn_refusal(query_BLNH: jax.Array, *, softcap: float | None = None) -> str | None:
+    """Why cuDNN's attention cannot take this query on the default backend, or None if it can."""
+    head_width = query_BLNH.shape[-1]
+    if jax.default_backend() != "gpu":
+        return f"it needs an NVIDIA GPU and the backend is {jax.default_backend()!r}"
+    if softcap is not None:
+        return f"it has no soft-cap and the model caps scores at {softcap}"
+    if query_BLNH.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 or float16 and the query is {query_BLNH.dtype}"
+    if head_width % 8 or head_width > 128:
+        return f"it needs a head width that is a multiple of 8 and at most 128, got {head_width}"
+    return None
+
+
+def visible(length: int, segment_ids: jax.Array | None, window: int | jax.Array | None) -> jax.Array:
+    """Which key each query sees, bool [B or 1, L, M]."""
+    index = jnp.arange(length)
+    distance = index[:, None] - index[None, :]
+    seen = distance >= 0
+    if window is not None:
+        seen = seen & (distance < window)
+    seen = seen[None]
+    if segment_ids is not None:
+        seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return seen
+
+
+def _attend_xla(query_BLNH, key_BMKH, value_BMKH, segment_ids, window, scale, softcap):
+    B, L, N, H = query_BLNH.shape
+    K = key_BMKH.shape[2]
+    query_BLKGH = query_BLNH.reshape(B, L, K, N // K, H)
+    scores = jnp.einsum("BLKGH,BMKH->BKGLM", query_BLKGH, key_BMKH, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    seen = visible(L, segment_ids, window)[:, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1).astype(value_BMKH.dtype)
+    return jnp.einsum("BKGLM,BMKH->BLKGH", weights, value_BMKH).reshape(B, L, N, H)
+
+
+def _attend_cudnn(query_BLNH, key_BMKH, value_BMKH, segment_ids, window, scale):
+    B, L, _, _ = query_BLNH.shape
+    static = window is None or isinstance(window, int)
+    mask = None
+    if segment_ids is not None or not static:  # cuDNN wants a mask that truly has its last two dimensions
+        mask = jnp.broadcast_to(visible(L, segment_ids, window)[:, None], (B, 1, L, L))
+    return jax.nn.dot_product_attention(
+        query_BLNH,
+        key_BMKH,
+        value_BMKH,
+        mask=mask,
+        scale=scale,
+        is_causal=True,
+        local_window_size=(window - 1, 0) if static and window is not None else None,
+        implementation="cudnn",
+    )
+
+
+def attention(
+    p: Mapping[str, Any],
+    x_BLD: jax.Array,
+    config: ModelConfig,
+    *,
+    rotary: tuple[jax.Array, jax.Array] | None = None,
+    segment_ids: jax.Array | None = None,
+    window: int | jax.Array | None = None,
+) -> jax.Array:
+    """The attention branch of one layer: project, normalise and rotate queries and keys, attend, project back.
+
+    Args:
+      p: `query`, `key`, `value`, `out` and, where configured, `query_norm`, `key_norm`; one layer, not stacked.
+      x_BLD: [B, L, D].
+      config: reads the heads, `query_key_norm`, `attention*`, `norm_epsilon`, `norm_offset` and `adapter_scale`.
+      rotary: of `rotary_table`, or None where positions are not rotary.
+      segment_ids: [B, L] int32, or None for one segment.
+      window: see `attend`.
+    Returns: [B, L, D] in the dtype of `x_BLD`.
+    """
+    B, L, _ = x_BLD.shape
+
+    def norm(name, x):
+        return rms_norm(p[name], x, epsilon=config.norm_epsilon, offset=config.norm_offset)
+
+    heads = {"query": config.num_heads, "key": config.kv_heads, "value": config.kv_heads}
+    projected = {}
+    for name, count in heads.items():
+        x = dense(p[name], x_BLD, config.adapter_scale)
+        if config.query_key_norm == "full" and name != "value":
+            x = norm(f"{name}_norm", x)
+        x = x.reshape(B, L, count, config.head_size)
+        if config.query_key_norm == "head" and name != "value":
+            x = norm(f"{name}_norm", x)
+        if rotary is not None and name != "value":
+            x = rotate(x, rotary)
+        projected[name] = x
+    mixed_BLNH = attend(
+        projected["query"],
+        projected["key"],
+        projected["value"],
+        segment_ids=segment_ids,
+        window=window,
+        scale=config.attention_scale,
+        softcap=config.attention_softcap,
+        implementation=config.attention,
+    )
+    return dense(p["out"], mixed_BLNH.reshape(B, L, config.num_heads * config.head_size), config.adapter_scale)

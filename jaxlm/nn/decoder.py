@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder: pure functions of a configuration and a nested dict of arrays.
+
+B batch, T tokens, D width, V vocabulary, L layers.  Layers are stacked on a leading axis and run by one scan, so that
+compile time does not grow with depth.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.nn.attention import attention
+from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.mlp import mlp
+from jaxlm.nn.norm import NORMS
+from jaxlm.nn.positions import rotary_frequencies, rotary_table
+from jaxlm.nn.shapes import decoder_leaves, initialise
+
+Params = Mapping[str, Any]
+RESIDUAL = ("batch", "length", "embed")  # logical names of the residual stream
+
+
+def anywhere(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """Leaves the placement of `x` to the compiler."""
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder: its configuration and the functions that read it.  Parameters are passed in, never held.
+
+    Attributes:
+      config: what distinguishes this decoder.
+      constrain: `(array, logical names) -> array`, places activations on a mesh; called on what enters and leaves
+        every layer.
+
+    >>> model = Model(ModelConfig(vocab_size=11, width=8, num_layers=2, num_heads=2))
+    >>> params = model.init(jax.random.key(0))
+    >>> hidden = model.apply(params, jnp.array([[1, 2, 3]]))
+    >>> print(hidden.shape, model.logits(params, hidden).shape)
+    (1, 3, 8) (1, 3, 11)
+    """
+
+    config: ModelConfig
+    constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = anywhere
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Random float32 parameters; `jax.eval_shape(model.init, key)` gives their shapes."""
+        return initialise(decoder_leaves(self.config), key)
+
+    def apply(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states after the final norm.
+
+        Args:
+          params: as `init` makes them, adapters allowed beside kernels.
+          tokens: [B, T] int32, in [0, V); others give NaN.
+          positions: [B, T] int32; None: 0 .. T-1 in each row.
+          segment_ids: [B, T] int32, 0 is padding; a token sees only its own segment.  None: one segment a row.
+        Returns: [B, T, D] in the compute dtype.  Rows of padding are finite and mean nothing.
+        Raises: ValueError if a row is longer than the table of learned positions.
+        """
+        config = self.config
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+            if config.positions == "learned" and tokens.shape[1] > config.max_length:
+                raise ValueError(
+                    f"{tokens.shape[1]} tokens exceed the {config.max_length} learned positions: cut the rows"
+                )
+        x = _embed(params, tokens, positions, config)
+        rotary = None
+        if config.positions == "rope":
+            rotary = rotary_table(
+                positions, rotary_frequencies(config.head_size, config.rope_base, config.rope_scaling)
+            )
+
+        def layer(x, p, window):
+            return self.constrain(block(p, x, config, rotary=rotary, segment_ids=segment_ids, window=window), RESIDUAL)
+
+        x = _scan_layers(layer, self.constrain(x, RESIDUAL), params["blocks"], config, tokens.shape[1])
+        return _norm(params["final_norm"], x, config)
+
+    def head(self, params: Params) -> jax.Array:
+        """The output projection [D, V], float32: the embedding's transpose when tied; an adapter is added in."""
+        if self.config.tied:
+            return params["embed"]["table"].T
+        p = params["head"]
+        if "lora_a" in p:
+            return p["kernel"] + self.config.adapter_scale * (p["lora_a"] @ p["lora_b"])
+        return p["kernel"]
+
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """[..., D] to [..., V] float32, soft-capped where configured.
+
+        Training uses `head` and a chunked loss instead: this holds every logit.
+        """
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        logits = jnp.dot(rows, self.head(params).astype(hidden.dtype), preferred_element_type=jnp.float32)
+        if (cap := self.config.logit_softcap) is not None:
+            logits = cap * jnp.tanh(logits / cap)
+        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+
+    def num_parameters(self, params: Params) -> int:
+        """Number of entries of all leaves; a tied head counts once.  Works on shapes too."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def block(
+    p: Mapping[str, Any],
+    x_BTD: jax.Array,
+    config: ModelConfig,
+    *,
+    rotary: tuple[jax.Array, jax.Array] | None = None,
+    segment_ids: jax.Array | None = None,
+    window: int | jax.Array | None = None,
+) -> jax.Array:
+    """One layer: x + [post_norm](attention([norm](x))), then the same with the feed-forward branch."""
+    branches = {
+        "attention": lambda x: attention(
+            p["attention"], x, config, rotary=rotary, segment_ids=segment_ids, window=window
+        ),
+        "mlp": lambda x: mlp(p["mlp"], x, config),
+    }
+    x = x_BTD
+    for name, branch in branches.items():
+        y = _norm(p[f"{name}_norm"], x, config) if config.norm_placement in ("pre", "both") else x
+        y = branch(y)
+        x = x + (_norm(p[f"{name}_post_norm"], y, config) if config.norm_placement in ("post", "both") else y)
+    return x
+
+
+def _embed(params: Params, tokens: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:
+    dtype = jnp.dtype(config.dtype)
+    x = jnp.take(params["embed"]["table"], tokens, axis=0).astype(dtype)
+    if config.embedding_scale != 1.0:
+        x = x * jnp.asarray(config.embedding_scale, dtype)
+    if config.positions == "learned":
+        x = x + jnp.take(params["positions"]["table"], positions, axis=0).astype(dtype)
+    return x
+
+
+def _norm(p: Mapping[str, jax.Array], x: jax.Array, config: ModelConfig) -> jax.Array:
+    return NORMS[config.norm](p, x, epsilon=config.norm_epsilon, offset=config.norm_offset)
+
+
+def _scan_layers(layer: Callable, x: jax.Array, blocks: Any, config: ModelConfig, length: int) -> jax.Array:
+    """Runs the stacked layers; windows are static when all layers agree, else they travel as scanned values."""
+    windows = [None if window is None or window >= length else window for window in config.layer_windows]
+    alike = len(set(windows)) == 1
+    scanned = None if alike else jnp.asarray([length if window is None else window for window in windows], jnp.int32)
+
+    def body(x, inputs):
+        p, window = inputs
+        return layer(x, p, windows[0] if alike else window), None
+
+    if config.remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+    return jax.lax.scan(body, x, (blocks, scanned))[0]
