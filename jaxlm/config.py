@@ -19,7 +19,7 @@ from jaxlm.nn.config import ModelConfig
 from jaxlm.overrides import field_types, override
 from jaxlm.train.options import MeshOptions, RunOptions
 
-# What may differ between a run directory's config and the one that resumes it: where and how long, never what is learnt.
+# What may differ between a stored config and the one that resumes its run: where and how long, never what is learnt.
 MAY_CHANGE = (
     "mesh",
     "run.bad_checkpoint",
@@ -184,7 +184,9 @@ def diff(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
 
 def check_resumable(stored: RunConfig, config: RunConfig) -> None:
     """Refuses to go on with a run under another config; the fields of MAY_CHANGE may differ."""
-    changed = {p: v for p, v in diff(stored, config).items() if not any((p + ".").startswith(m + ".") for m in MAY_CHANGE)}
+    changed = {
+        p: v for p, v in diff(stored, config).items() if not any((p + ".").startswith(m + ".") for m in MAY_CHANGE)
+    }
     if changed:
         what = "; ".join(f"{path} was {old!r} and is now {new!r}" for path, (old, new) in changed.items())
         raise ValueError(f"{config.run.directory} holds a run of another config: {what}. Choose another run.directory")

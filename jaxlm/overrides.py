@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`a.b=c` on the command line: text becomes a value by the declared type of a dataclass field, and is never evaluated.
 
-All overrides are read into one tree before anything is built, so that fields which check each other may change together.
+All overrides are read into one tree before anything is built: fields that check each other may change together.
 """
 
 import collections.abc
@@ -122,7 +122,7 @@ def _parse(text: str, declared: Any, path: str, current: Any = None) -> Any:
         near = difflib.get_close_matches(text, choices, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
     if classes := [kind for kind in _alternatives(declared) if dataclasses.is_dataclass(kind)]:
-        fields = ", ".join(f"{_join(path, name)}=..." for name in field_types(classes[0]))
+        fields = ", ".join(f"{_join(path, name)}=..." for name in field_types(typing.cast(type, classes[0])))
         hint = f"; set its fields instead: {fields}"
     raise ValueError(f"{path} must be {type_name(declared)}, got {text!r}{hint}")
 
@@ -160,7 +160,7 @@ def _parse_tuple(text: str, kind: Any, path: str) -> tuple:
     if text.lstrip().startswith("["):
         items = [item if isinstance(item, str) else json.dumps(item) for item in json.loads(text)]
     else:
-        items = [item.strip() for item in text.strip("()").split(",") if item.strip()]
+        items = [item.strip() for item in text.split(",") if item.strip()]
     fixed = typing.get_args(kind)
     if fixed and Ellipsis not in fixed and len(items) != len(fixed):
         raise ValueError(text)
@@ -211,7 +211,12 @@ def _alternatives(declared: Any) -> tuple:
 def _by_strictness(declared: Any) -> list:
     """The members of a union, those first that accept the least text."""
     order = [types.NoneType, bool, int, float, str]
-    rank = lambda kind: -1 if typing.get_origin(kind) is typing.Literal else order.index(kind) if kind in order else 3.5
+
+    def rank(kind: Any) -> float:
+        if typing.get_origin(kind) is typing.Literal:
+            return -1
+        return order.index(kind) if kind in order else 3.5
+
     return sorted(_alternatives(declared), key=rank)
 
 

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any config as two tiny steps that need no download: how the tests run every file of `configs/`."""
+
+import dataclasses
+
+from jaxlm.config import Pretrained, RunConfig
+from jaxlm.data.config import DataConfig, Procedural, Rows, Source, Task
+from jaxlm.nn.config import ModelConfig
+from jaxlm.train.options import MeshOptions
+
+VOCABULARY = 320  # room for the byte tokenizer
+DEVICES = 8  # rows an update are a multiple of this, so that the tests' virtual devices divide them
+
+
+def shrink(config: RunConfig) -> RunConfig:
+    """The same run with a tiny model, a few records a task and two updates.
+
+    Choices stay (norms, tied heads, adapters, mixtures); numbers that cost time become small. A pretrained model
+    becomes a random one, its tokenizer the byte tokenizer, and every source but the built-in generators a few rows
+    made up here, so nothing is read from outside. A method with stages says how it shrinks in a method `shrunk()`.
+    """
+    micro_batches = min(config.run.micro_batches, 2)
+    return dataclasses.replace(
+        config,
+        model=_model(config.model),
+        tokenizer="bytes",
+        data=_data(config.data),
+        method=config.method.shrunk() if hasattr(config.method, "shrunk") else config.method,
+        run=dataclasses.replace(
+            config.run,
+            steps=2,
+            batch_size=DEVICES * micro_batches,
+            micro_batches=micro_batches,
+            log_every=1,
+            evaluate_every=0,
+            save_every=0,
+        ),
+        mesh=MeshOptions(),
+    )
+
+
+def _model(model: ModelConfig | Pretrained) -> ModelConfig:
+    if isinstance(model, Pretrained):
+        return ModelConfig(vocab_size=VOCABULARY, width=16, num_layers=2, num_heads=2, mlp_width=32)
+    return dataclasses.replace(
+        model,
+        vocab_size=max(VOCABULARY, min(model.vocab_size, 2 * VOCABULARY)),
+        width=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1 if model.kv_heads < model.num_heads else None,
+        head_width=None,
+        mlp_width=32,
+        dtype="float32",
+        attention="auto",
+    )
+
+
+def _data(data: DataConfig) -> DataConfig:
+    return dataclasses.replace(
+        data, tasks=tuple(_task(task) for task in data.tasks), length=min(data.length, 256), on_long="skip"
+    )
+
+
+def _task(task: Task) -> Task:
+    test = None if task.test is None else _source(task.test, first=1000, count=8)
+    return dataclasses.replace(task, train=_source(task.train, first=0, count=24), test=test)
+
+
+def _source(source: Source, *, first: int, count: int) -> Source:
+    """A few records: of the same generator where it is built in, else sums."""
+    if isinstance(source, Procedural):
+        return dataclasses.replace(source, size=min(source.size, count))
+    numbers = range(first, first + count)
+    return Rows(records=tuple({"prompt": f"{n} + 1 = ", "completion": str(n + 1)} for n in numbers))
