@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transforms"""
+"""Gradient transformations that compose with those of optax."""
+
+from jaxlm._lazy import attach
+
+__getattr__, __dir__ = attach(__name__, {"freeze": "freeze"})

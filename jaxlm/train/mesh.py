@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices as a mesh, and the one table that says which mesh axis divides which logical axis."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.train.options import MeshOptions
+from jaxlm.weights.names import path_of
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the rows of a batch are divided over both
+
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    "batch": ROWS,
+    "length": None,
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "rank": None,
+    None: None,
+}
+
+
+def make_mesh(options: MeshOptions, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp and tensor over all devices of all processes, or over `devices`.
+
+    Raises: ValueError when the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {name: getattr(options, name) for name in AXES}
+    wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    if any(size == 0 or size < -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        raise ValueError(f"mesh sizes are positive, and at most one is -1 (what is left); got {wanted}")
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    if -1 in sizes.values():
+        sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"the mesh {wanted} needs {'a multiple of ' if '-1' in wanted else ''}{fixed} devices, but there are "
+            f"{len(devices)}: change mesh.data, mesh.fsdp or mesh.tensor, or set one of them to -1"
+        )
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(names: Sequence[str | None]) -> P:
+    """The partition of one array from the logical names of its dimensions; a mesh axis serves the first that asks.
+
+    >>> spec(("batch", "length", "embed")), spec(("layers", "embed", "mlp"))
+    (PartitionSpec(('data', 'fsdp'), None, None), PartitionSpec(None, 'fsdp', 'tensor'))
+    """
+    taken: set[str] = set()
+    parts: list[str | tuple[str, ...] | None] = []
+    for name in names:
+        if name not in RULES:
+            raise ValueError(f"unknown logical axis {name!r}; RULES in jaxlm/train/mesh.py has {list(RULES)}")
+        rule = RULES[name]
+        axes = (rule,) if isinstance(rule, str) else rule or ()
+        free = taken.isdisjoint(axes)
+        taken.update(axes)
+        parts.append(rule if free else None)
+    return P(*parts)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """An array `[rows, ...]` whose rows are divided over data and fsdp."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+    """A sharding for every parameter.
+
+    Args:
+      mesh: from `make_mesh`.
+      axes: a tree like `shapes` whose leaves are tuples of logical names, one a dimension (`nn.logical_axes`).
+      shapes: parameters, or `ShapeDtypeStruct`s of them.
+    Raises: ValueError with the path of a parameter whose dimension the mesh does not divide.
+    """
+
+    def one(key_path: Any, shape: Any, names: Any) -> NamedSharding:
+        if len(names) != len(shape.shape):
+            raise ValueError(f"{path_of(key_path)} has shape {shape.shape} but the logical axes {names}")
+        partition = spec(names)
+        for dimension, axis in enumerate(partition):
+            count = 1 if axis is None else math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis))
+            if shape.shape[dimension] % count:
+                raise ValueError(
+                    f"{path_of(key_path)} has {shape.shape[dimension]} entries along {names[dimension]!r}, which the "
+                    f"{count} devices of mesh axis {axis!r} do not divide: choose another mesh.{axis}"
+                )
+        return NamedSharding(mesh, partition)
+
+    return jax.tree.map_with_path(one, shapes, axes)
+
+
+def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
+    """What a model calls on activations, with their logical names, so that they stay divided as the batch is."""
+    if mesh.size == 1:
+        return lambda x, names: x
+    return lambda x, names: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names)))
+
+
+def check_rows(mesh: Mesh, batch_size: int, micro_batches: int = 1) -> None:
+    """Raises ValueError unless every device gets the same number of rows in every micro-batch."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches must be at least 1, got {micro_batches}")
+    if batch_size < 1 or batch_size % (devices * micro_batches):
+        step = devices * micro_batches
+        raise ValueError(
+            f"batch_size {batch_size} is not a positive multiple of {step}: {devices} devices (mesh.data x mesh.fsdp) "
+            f"times {micro_batches} micro_batches; the nearest that fit are {max(1, batch_size // step) * step} and "
+            f"{(batch_size // step + 1) * step}"
+        )
