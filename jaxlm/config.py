@@ -162,6 +162,21 @@ def read_config(directory: str | Path) -> RunConfig:
     return from_json(json.loads(path.read_text()))
 
 
+def claim_directory(config: RunConfig, *, write: bool = True) -> None:
+    """Makes the run's directory and stores the config in it, or checks that the run stored there is the same one.
+
+    Args:
+      config: with a `run.directory`.
+      write: False on all processes but the first, which only check.
+    Raises: ValueError if the directory holds a run of another config.
+    """
+    directory = Path(config.run.directory)
+    if (directory / "config.json").is_file():
+        check_resumable(read_config(directory), config)
+    if write:
+        write_config(directory, config)
+
+
 def flat(config: Any) -> dict[str, Any]:
     """The config as `{"run.steps": 100, ...}`; a class stands at `<path>.class`, without its module."""
 

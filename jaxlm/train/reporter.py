@@ -76,7 +76,7 @@ class RunReporter:
         self._bar = None
         if self._stream.isatty():
             self._bar = tqdm(total=total_steps, unit="step", file=self._stream, dynamic_ncols=True)
-        self._open(None)
+        self._purge_step: int | None = None
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of the updates since the last report, the last of them being `step`."""
@@ -101,7 +101,7 @@ class RunReporter:
         if self._directory is not None:
             self._close_files()
             _cut(self._directory / "metrics.jsonl", step)
-            self._open(step + 1)
+            self._purge_step = step + 1
         self._step = max(step, 0)
         self._started = (self._step, time.monotonic())
         if self._bar is not None:
@@ -115,13 +115,16 @@ class RunReporter:
             self._bar.close()
             self._bar = None
 
-    def _open(self, purge_step: int | None) -> None:
-        if self._directory is None:
-            return
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._file = (self._directory / "metrics.jsonl").open("a")
-        # TensorBoard's files only grow; the purge mark tells it what to forget.
-        self._board = tensorboardX.SummaryWriter(str(self._directory / "tensorboard"), purge_step=purge_step)
+    def _open(self, directory: Path) -> tuple[TextIO, tensorboardX.SummaryWriter]:
+        """The files, opened when there is something to write."""
+        if self._file is None or self._board is None:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = (directory / "metrics.jsonl").open("a")
+            # TensorBoard's files only grow; the purge mark tells it what to forget. Names must differ within a second.
+            self._board = tensorboardX.SummaryWriter(
+                str(directory / "tensorboard"), purge_step=self._purge_step, filename_suffix=f".{time.time_ns()}"
+            )
+        return self._file, self._board
 
     def _close_files(self) -> None:
         if self._file is not None and self._board is not None:
@@ -142,14 +145,16 @@ class RunReporter:
 
     def _write(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
         self._step = int(step)
-        if self._file is None or self._board is None:
+        if self._directory is None:
             return
+        file, board = self._open(self._directory)
         line = {"kind": kind, "step": self._step, "time": round(time.time(), 3)}
-        self._file.write(json.dumps(line | {key: _plain(value) for key, value in fields.items()}) + "\n")
-        self._file.flush()
+        file.write(json.dumps(line | {key: _plain(value) for key, value in fields.items()}) + "\n")
+        file.flush()
         if kind != "event":
             for name, value in fields.items():
-                self._board.add_scalar(f"{kind}/{name}", float(value), self._step)
+                if math.isfinite(value):
+                    board.add_scalar(f"{kind}/{name}", float(value), self._step)
 
     def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         parts = [f"loss {_short(metrics['loss'])}"] if "loss" in metrics else []

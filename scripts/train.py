@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains what a config file says, or goes on with the run in its directory.
+
+  python scripts/train.py configs/quickstart.py
+  python scripts/train.py configs/quickstart.py run.steps=100 data.tasks.0.weight=2
+
+The same command again resumes the run where it stopped. A run stopped by SIGTERM saves first and exits with code 75.
+"""
+
+import json
+import sys
+
+from jaxlm.command import TRY_AGAIN, Parser, call
+from jaxlm.config import load_config, to_json
+
+
+def main() -> int:
+    """Reads the arguments, runs, returns the exit code."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("config", help="a config file, or a run directory to go on with")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="such as run.steps=100")
+    parser.add_argument("--show", action="store_true", help="print the resolved config as JSON and stop")
+    arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.show:
+        print(json.dumps(to_json(config), indent=1))
+        return 0
+    # Late, because they import jax, and --help must not.
+    from jaxlm.train.loop import Preempted
+
+    from jaxlm.run import run
+
+    try:
+        run(config)
+    except Preempted as stopped:
+        print(f"stopped: {stopped}; the same command goes on", file=sys.stderr)
+        return TRY_AGAIN
+    return 0
+
+
+if __name__ == "__main__":
+    call(main)
