@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seeded exercises with one right answer each, short enough for a model of a million parameters.
+
+Item i depends on a hash of (generator, seed, i) alone: any item is made at once, and neighbouring seeds share nothing.
+"""
+
+import hashlib
+import inspect
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlm.data.config import Procedural
+
+VERSION = 1  # raise it when a generator's items change: prepared data is made anew
+
+
+def addition(rng: random.Random, *, digits: int = 2) -> tuple[str, str]:
+    """12+34= 46; 10 ** (2 * digits) exercises."""
+    top = 10**digits
+    a, b = rng.randrange(top), rng.randrange(top)
+    return f"{a}+{b}=", f" {a + b}"
+
+
+def modular(rng: random.Random, *, terms: int = 4, modulus: int = 7) -> tuple[str, str]:
+    """4+9+0+6 mod 7= 5; 10 ** terms exercises."""
+    numbers = [rng.randrange(10) for _ in range(terms)]
+    return f"{'+'.join(map(str, numbers))} mod {modulus}=", f" {sum(numbers) % modulus}"
+
+
+def sorting(rng: random.Random, *, count: int = 5, digits: int = 1) -> tuple[str, str]:
+    """sort 4 1 3= 1 3 4; 10 ** (count * digits) exercises."""
+    numbers = [rng.randrange(10**digits) for _ in range(count)]
+    return f"sort {_spaced(numbers)}=", f" {_spaced(sorted(numbers))}"
+
+
+def maximum(rng: random.Random, *, count: int = 3, digits: int = 2) -> tuple[str, str]:
+    """max 17 93 42= 93; 10 ** (count * digits) exercises."""
+    numbers = [rng.randrange(10**digits) for _ in range(count)]
+    return f"max {_spaced(numbers)}=", f" {max(numbers)}"
+
+
+def reversal(rng: random.Random, *, length: int = 5, letters: int = 26) -> tuple[str, str]:
+    """reverse bqz= zqb; letters ** length exercises."""
+    word = _word(rng, length, letters)
+    return f"reverse {word}=", f" {word[::-1]}"
+
+
+def counting(rng: random.Random, *, length: int = 8, letters: int = 4) -> tuple[str, str]:
+    """count a in abcab= 2; letters ** (length + 1) exercises."""
+    word, wanted = _word(rng, length, letters), _word(rng, 1, letters)
+    return f"count {wanted} in {word}=", f" {word.count(wanted)}"
+
+
+def recall(rng: random.Random, *, pairs: int = 4, letters: int = 26) -> tuple[str, str]:
+    """b3 q7 z1, q= 7: the number beside the letter asked for."""
+    names = rng.sample(_ALPHABET[: _at_most(letters)], pairs)
+    numbers = [rng.randrange(10) for _ in names]
+    wanted = rng.randrange(pairs)
+    listed = " ".join(f"{name}{number}" for name, number in zip(names, numbers, strict=True))
+    return f"{listed}, {names[wanted]}=", f" {numbers[wanted]}"
+
+
+def progression(rng: random.Random, *, start: int = 100, step: int = 20, terms: int = 3) -> tuple[str, str]:
+    """next 5 9 13= 17; start * step exercises."""
+    first, distance = rng.randrange(start), 1 + rng.randrange(step)
+    return f"next {_spaced([first + i * distance for i in range(terms)])}=", f" {first + terms * distance}"
+
+
+GENERATORS = {
+    "addition": addition,
+    "counting": counting,
+    "maximum": maximum,
+    "modular": modular,
+    "progression": progression,
+    "recall": recall,
+    "reversal": reversal,
+    "sorting": sorting,
+}
+
+
+class Exercises:
+    """The items of a `Procedural` source, by index.
+
+    Raises: ValueError for an unknown generator or option, or one out of range.
+
+    >>> Exercises(Procedural(generator="sorting", size=10, options={"count": 3}))[0]
+    {'prompt': 'sort 0 1 7=', 'completion': ' 0 1 7'}
+    """
+
+    def __init__(self, source: Procedural):
+        if source.generator not in GENERATORS:
+            raise ValueError(f"no generator {source.generator!r}; there are {', '.join(GENERATORS)}")
+        if source.size < 1:
+            raise ValueError(f"size of generator {source.generator!r} must be at least 1, got {source.size}")
+        self._generate = GENERATORS[source.generator]
+        known = [name for name in inspect.signature(self._generate).parameters if name != "rng"]
+        for name, value in source.options.items():
+            if name not in known:
+                raise ValueError(f"generator {source.generator!r} has no option {name!r}; it has {', '.join(known)}")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"option {name!r} of generator {source.generator!r} must be >= 1, got {value!r}")
+        self._source = source
+
+    def __len__(self) -> int:
+        return self._source.size
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        if not 0 <= index < self._source.size:
+            raise IndexError(f"item {index} of {self._source.size}")
+        name = f"{self._source.generator}/{self._source.seed}/{index}"
+        rng = random.Random(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little"))
+        prompt, completion = self._generate(rng, **self._source.options)
+        return {"prompt": prompt, "completion": completion}
+
+
+def score(answer: str, record: Mapping[str, Any]) -> float:
+    """1.0 where the answer is the record's completion, outer white space aside; else 0.0. No part marks.
+
+    >>> score("46", {"prompt": "12+34=", "completion": " 46"})
+    1.0
+    """
+    return float(answer.strip() == record["completion"].strip())
+
+
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+def _at_most(letters: int) -> int:
+    if letters > len(_ALPHABET):
+        raise ValueError(f"letters must be at most {len(_ALPHABET)}, got {letters}")
+    return letters
+
+
+def _word(rng: random.Random, length: int, letters: int) -> str:
+    return "".join(_ALPHABET[rng.randrange(_at_most(letters))] for _ in range(length))
+
+
+def _spaced(numbers: list[int]) -> str:
+    return " ".join(map(str, numbers))

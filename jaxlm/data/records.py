@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a record may be, what makes one unusable, and where it is found."""
+
+import bisect
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class BadRecord(ValueError):
+    """A record that cannot be trained on; `reason` is the short name under which skips are counted."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+class Chat(NamedTuple):
+    """A conversation; each message is {"role", "content"}."""
+
+    messages: tuple[dict[str, str], ...]
+
+
+class Completion(NamedTuple):
+    """A prompt and the text to be learnt after it."""
+
+    prompt: str
+    completion: str
+
+
+class Text(NamedTuple):
+    """A document, learnt as a whole."""
+
+    text: str
+
+
+class Place(NamedTuple):
+    """Records from index `first` on lie in `name`, counted by `unit`: lines from 1, everything else from 0."""
+
+    first: int
+    name: str
+    unit: str
+
+
+def describe(places: Sequence[Sequence[Any]], index: int) -> str:
+    """Where record `index` of a source with these `Place`s is found.
+
+    >>> describe([Place(0, "a.jsonl", "line"), Place(10, "b.jsonl", "line")], 12)
+    'b.jsonl:3'
+    """
+    first, name, unit = places[bisect.bisect_right([place[0] for place in places], index) - 1]
+    return f"{name}:{index - first + 1}" if unit == "line" else f"{name} {unit} {index - first}"
+
+
+def parse(record: Any) -> Chat | Completion | Text:
+    """The record as one of the three kinds: messages before prompt/completion before text. Other fields are ignored.
+
+    Raises: BadRecord, naming the field or role at fault.
+
+    >>> parse({"prompt": "1+1=", "completion": "2"})
+    Completion(prompt='1+1=', completion='2')
+    """
+    if not isinstance(record, Mapping):
+        raise BadRecord("not an object", f"a record must be an object with named fields, got {type(record).__name__}")
+    if record.get("messages") is not None:
+        return _chat(record["messages"])
+    if record.get("prompt") is not None or record.get("completion") is not None:
+        prompt, completion = _text(record, "prompt"), _text(record, "completion")
+        if not prompt:
+            raise BadRecord("empty prompt", "prompt is empty: give the record as {'text': ...}")
+        if not completion.strip():
+            raise BadRecord("empty completion", "completion is empty: there is nothing to learn")
+        return Completion(prompt, completion)
+    if record.get("text") is not None:
+        text = _text(record, "text")
+        if not text.strip():
+            raise BadRecord("empty text", "text is empty: there is nothing to learn")
+        return Text(text)
+    raise BadRecord(
+        "missing field",
+        f"a record needs 'messages', 'prompt' and 'completion', or 'text'; this one has {sorted(map(str, record))}. "
+        "Other names are given by the source's `fields`",
+    )
+
+
+def question(parsed: Chat | Completion | Text) -> str:
+    """What is asked: the prompt, the messages before the last one, or the text: what makes an exercise the same."""
+    match parsed:
+        case Chat(messages):
+            return "\n".join(f"{message['role']}: {message['content']}" for message in messages[:-1])
+        case Completion(prompt, _):
+            return prompt.strip()
+        case Text(text):
+            return text.strip()
+
+
+def _text(record: Mapping[str, Any], name: str) -> str:
+    if record.get(name) is None:
+        raise BadRecord("missing field", f"field {name!r} is missing; the record has {sorted(map(str, record))}")
+    if not isinstance(record[name], str):
+        raise BadRecord("wrong type", f"field {name!r} must be text, got {type(record[name]).__name__}")
+    return record[name]
+
+
+def _chat(messages: Any) -> Chat:
+    if isinstance(messages, str | bytes) or not hasattr(messages, "__iter__"):
+        raise BadRecord("wrong type", f"'messages' must be a list of messages, got {type(messages).__name__}")
+    checked = []
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise BadRecord("wrong type", f"message {index} must be an object, got {type(message).__name__}")
+        extra = sorted(name for name, value in message.items() if name not in ("role", "content") and value is not None)
+        if extra:
+            raise BadRecord("unknown field", f"message {index} has {extra}; only 'role' and 'content' are used")
+        for name in ("role", "content"):
+            if message.get(name) is None:
+                raise BadRecord("missing field", f"message {index} has no {name!r}")
+            if not isinstance(message[name], str):
+                kind = type(message[name]).__name__
+                raise BadRecord("wrong type", f"{name!r} of message {index} must be text, got {kind}")
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            raise BadRecord(
+                "unknown role", f"message {index} has the unknown role {role!r}; roles are {', '.join(ROLES)}"
+            )
+        if role == "assistant" and not content.strip():
+            raise BadRecord("empty completion", f"message {index} of the assistant is empty: there is nothing to learn")
+        checked.append({"role": role, "content": content})
+    if not any(message["role"] == "assistant" for message in checked):
+        raise BadRecord("no trainable token", "no message of the assistant: there is nothing to learn")
+    return Chat(tuple(checked))

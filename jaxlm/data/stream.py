@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prepared rows to batches: an endless shuffled mixture for training, each row once for evaluation.
+
+A batch is a dict of arrays [rows, T]; see `Prepared.row`. Step s holds the same rows however many processes share it.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from jaxlm.data.prepared import Prepared, empty_row
+
+Batch = dict[str, np.ndarray]
+
+
+class _Rows:
+    """The rows of one task, as grain reads them."""
+
+    def __init__(self, prepared: Prepared, task: str):
+        self._prepared, self._task_id, self._length = prepared, prepared.task_id(task), prepared.num_rows(task)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index) -> Batch:
+        return self._prepared.row(self._task_id, int(index))
+
+    def __repr__(self) -> str:
+        return f"_Rows({self._prepared.task_names[self._task_id]!r}, {self._length})"
+
+
+class BatchStream:
+    """An endless iterator of batches whose place is one number: resuming reads nothing that was read before."""
+
+    def __init__(self, dataset: grain.MapDataset, identity: dict[str, Any], *, threads: int, ahead: int):
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        self._iterator = iter(dataset.to_iter_dataset(options))
+        self._identity = identity
+        self._step = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The next step, and what it counts in; json-able, the same on every process."""
+        return {"step": self._step, **self._identity}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to the place of `get_state`.
+
+        Raises: ValueError where the state counts other batches: other data, seed, batch size, tasks or weights.
+        """
+        if set(state) != {"step", *self._identity}:
+            raise ValueError(f"not the state of a BatchStream: it has {sorted(state)}")
+        for name, ours in self._identity.items():
+            if state[name] != ours:
+                raise ValueError(
+                    f"the saved state has {name} {state[name]!r}, this stream {ours!r}: it is another order"
+                )
+        self._step = int(state["step"])
+        self._iterator.set_state({"next_index": self._step})
+
+    def close(self) -> None:
+        """Ends the threads that read ahead."""
+        self._iterator.close()
+
+
+def batches(
+    prepared: Prepared,
+    *,
+    batch_size: int,
+    seed: int,
+    tasks: Sequence[str] | None = None,
+    weights: Mapping[str, float] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+    ahead: int = 4,
+) -> BatchStream:
+    """Shuffled rows for ever, tasks interleaved in proportion to their weights.
+
+    Each task is shuffled anew every epoch of its own. Shares are exact to one part in a hundred of the smallest weight.
+
+    Args:
+      batch_size: rows of a step over all processes; each gets its `process_count`-th part.
+      tasks: those to draw from; None: all that have rows.
+      weights: task -> weight, more names than `tasks` are fine; None: equal.
+      threads: that read rows; `ahead` batches are kept ready.
+    Raises: ValueError for an empty or unknown task, a weight that is missing or not positive, an indivisible batch.
+    """
+    _check_processes(batch_size, process_index, process_count)
+    tasks = [name for name in prepared.task_names if prepared.num_rows(name)] if tasks is None else list(tasks)
+    if not tasks:
+        raise ValueError("no task to draw from")
+    for name in tasks:
+        if not prepared.num_rows(name):
+            raise ValueError(f"task {name!r} has no rows in {prepared.folder}")
+        if weights is not None and not weights.get(name, 0.0) > 0:
+            raise ValueError(f"task {name!r} needs a positive weight, got {weights.get(name)}")
+    shares = [1.0 if weights is None else float(weights[name]) for name in tasks]
+    shuffled = [
+        grain.MapDataset.source(_Rows(prepared, name)).shuffle(seed=_seed(seed, name)).repeat(None) for name in tasks
+    ]
+    mixed = grain.MapDataset.mix(shuffled, shares)[process_index::process_count]
+    identity = {"data": prepared.key, "seed": seed, "batch_size": batch_size, "tasks": tasks, "weights": shares}
+    return BatchStream(mixed.batch(batch_size // process_count), identity, threads=threads, ahead=ahead)
+
+
+class FiniteBatches:
+    """Every row once, in order; iterate as often as needed. The last batch is filled with rows of weight 0."""
+
+    def __init__(self, prepared: Prepared, rows: list[tuple[int, int]], batch_size: int, part: slice):
+        self._prepared, self._rows, self._batch_size, self._part = prepared, rows, batch_size, part
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self._rows), self._batch_size):
+            rows = [self._prepared.row(*row) for row in self._rows[start : start + self._batch_size]]
+            rows += [empty_row(self._prepared.length)] * (self._batch_size - len(rows))
+            mine = rows[self._part]
+            yield {name: np.stack([row[name] for row in mine]) for name in mine[0]}
+
+
+def finite_batches(
+    prepared: Prepared,
+    *,
+    batch_size: int,
+    tasks: Sequence[str] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> FiniteBatches:
+    """Each row of the tasks (None: all) once; as many batches on every process, all of one shape.
+
+    Raises: ValueError for an unknown task, no rows, or an indivisible batch.
+    """
+    _check_processes(batch_size, process_index, process_count)
+    names = prepared.task_names if tasks is None else tasks
+    rows = [(prepared.task_id(name), index) for name in names for index in range(prepared.num_rows(name))]
+    if not rows:
+        raise ValueError(f"no rows in {prepared.folder} for tasks {', '.join(names)}")
+    return FiniteBatches(prepared, rows, batch_size, slice(process_index, None, process_count))
+
+
+def _check_processes(batch_size: int, process_index: int, process_count: int) -> None:
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size {batch_size} must be a positive multiple of the {process_count} processes")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} must be in [0, {process_count})")
+
+
+def _seed(seed: int, name: str) -> int:
+    """A seed a task, so that adding one leaves the order of the others as it was."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest(), "little") >> 1
