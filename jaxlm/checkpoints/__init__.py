@@ -1,2 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""checkpoints"""
+"""Hugging Face and GGUF checkpoints, both ways."""
+
+from jaxlm._lazy import attach
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "RunCheckpoints": "runs",
+        "load": "hub",
+        "load_config": "sources",
+        "load_tokenizer": "tokenizer",
+        "save": "export",
+    },
+)
