@@ -94,7 +94,9 @@ def shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
             raise ValueError(f"{path_of(key_path)} has shape {shape.shape} but the logical axes {names}")
         partition = spec(names)
         for dimension, axis in enumerate(partition):
-            count = 1 if axis is None else math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis))
+            count = (
+                1 if axis is None else math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis))
+            )
             if shape.shape[dimension] % count:
                 raise ValueError(
                     f"{path_of(key_path)} has {shape.shape[dimension]} entries along {names[dimension]!r}, which the "

@@ -17,7 +17,7 @@ from jaxlm.weights.names import named_leaves, path_of
 class FollowState(NamedTuple):
     """State of `follow`: `count` int32, updates done; `learning_rate` float32, of the last update."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's name, though tuples have a method of it
     learning_rate: jax.Array
 
 

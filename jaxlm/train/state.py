@@ -56,4 +56,4 @@ def state_shardings(tx: optax.GradientTransformation, shapes: Any, shardings: An
         transform_non_params=lambda _: whole,
         is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )
-    return State(whole, shardings, opt_state, whole)
+    return State(whole, shardings, opt_state, whole)  # type: ignore[arg-type]  # a State of shardings

@@ -37,7 +37,8 @@ def make_train_step(
     Returns: a jitted function. Leaves of `batch` are `[rows, ...]`, rows divided over data and fsdp. Metrics, float32
       and whole on every device: each term's `total / weight` (NaN where a metric's weight is 0), "objective",
       "gradient_norm" (of the leaves that train), "update_norm", "learning_rate" if `tx` tells it, "finite" (bool),
-      "weights" (name -> weight) and "tokens" (those in a segment, if the batch has `segment_ids`).
+      "empty" (bool, no term of the objective has any weight), "weights" (name -> weight) and, if the batch has
+      `segment_ids`, "tokens" (those in a segment).
 
     A term without weight adds nothing. Key of part p at step s: `fold_in(fold_in(state.rng, s), p)`.
     """
@@ -50,8 +51,8 @@ def make_train_step(
         leaves, treedef = jax.tree.flatten(state.params)
 
         def terms_of(chosen: list[jax.Array], part: Batch, index: jax.Array | int) -> dict[str, Term]:
-            chosen_first = iter(chosen)
-            merged = [next(chosen_first) if t else x for t, x in zip(trained, leaves, strict=True)]
+            those = iter(chosen)
+            merged = [next(those) if t else x for t, x in zip(trained, leaves, strict=True)]
             return phase.loss_fn(jax.tree.unflatten(treedef, merged), part, jax.random.fold_in(rng, index))
 
         chosen = [x for t, x in zip(trained, leaves, strict=True) if t]
@@ -60,12 +61,12 @@ def make_train_step(
         else:
             places = [s for t, s in zip(trained, jax.tree.leaves(shardings.params), strict=True) if t]
             grads, totals, weights = accumulate(terms_of, chosen, cut(batch, num_parts, mesh), num_parts, places)
-        grads = iter(grads)
         # A leaf that does not train is not differentiated; what stands in its place is never read.
-        grads = jax.tree.unflatten(treedef, [next(grads) if t else jnp.zeros_like(x) for t, x in zip(trained, leaves)])
-        updates, opt_state = phase.tx.update(grads, state.opt_state, state.params)
+        found = iter(grads)
+        full = [next(found) if t else jnp.zeros_like(x) for t, x in zip(trained, leaves, strict=True)]
+        updates, opt_state = phase.tx.update(jax.tree.unflatten(treedef, full), state.opt_state, state.params)
         metrics = reduce(totals, weights)
-        metrics["gradient_norm"] = optax.tree.norm([g for t, g in zip(trained, jax.tree.leaves(grads)) if t])
+        metrics["gradient_norm"] = optax.tree.norm(grads)
         metrics["update_norm"] = optax.tree.norm(updates)
         metrics["finite"] = jnp.isfinite(metrics["objective"]) & jnp.isfinite(metrics["update_norm"])
         if rates := optax.tree.get_all_with_path(opt_state, "learning_rate"):
@@ -101,8 +102,8 @@ def differentiate(
         check_terms(terms)
         shares = {name: term.weight for name, term in terms.items()} if weights is None else weights
         shares = jax.lax.stop_gradient(shares)
-        value = sum(t.coefficient * t.total / some(shares[name]) for name, t in terms.items() if t.coefficient)
-        return value, (terms, shares)
+        parts = [t.coefficient * t.total / some(shares[name]) for name, t in terms.items() if t.coefficient]
+        return sum(parts, jnp.float32(0)), (terms, shares)
 
     grads, (terms, shares) = jax.grad(objective, has_aux=True)(params)
     return grads, terms, shares
@@ -141,6 +142,7 @@ def reduce(terms: dict[str, Term], weights: dict[str, jax.Array]) -> Metrics:
     for name, term in terms.items():
         if not term.coefficient:
             metrics[name] = jnp.where(weights[name] > 0, metrics[name], jnp.nan)
+    metrics["empty"] = ~jnp.any(jnp.stack([weights[name] > 0 for name, t in terms.items() if t.coefficient]))
     return metrics | {"weights": weights}
 
 
@@ -170,7 +172,6 @@ def trained_leaves(tx: optax.GradientTransformation, state: State) -> list[bool]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.params, state.opt_state))
     params, opt_state = shapes
     jaxpr = jax.make_jaxpr(tx.update)(params, opt_state, params).jaxpr
-    # Vars compare by identity; literals have no count of uses and are skipped by not being hashable to a known var.
     needed = {id(v) for v in jaxpr.outvars}
     for equation in reversed(jaxpr.eqns):
         if any(id(v) in needed for v in equation.outvars):

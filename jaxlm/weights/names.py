@@ -49,7 +49,9 @@ def label_by_path(tree: Any, rules: Rules) -> Any:
     labels = jax.tree.map_with_path(label, tree)
     idle = [pattern for index, (pattern, _) in enumerate(rules) if index not in used]
     if idle and jax.tree.leaves(tree):
-        raise ValueError(f"rules that match no parameter first: {idle}; paths look like {list(named_leaves(tree))[0]!r}")
+        raise ValueError(
+            f"rules that match no parameter first: {idle}; paths look like {next(iter(named_leaves(tree)))!r}"
+        )
     return labels
 
 

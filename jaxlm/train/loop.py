@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: from parameters and records to a trained state, resumable at every save. It knows no method."""
+
+import collections
+import functools
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.checkpoints.runs import RunCheckpoints, leaves_of
+from jaxlm.nn.axes import logical_axes
+from jaxlm.train.interval import Interval, check_update, records_of
+from jaxlm.train.mesh import check_rows, rows, shardings
+from jaxlm.train.options import RunOptions
+from jaxlm.train.phase import Params, Phase
+from jaxlm.train.program import program
+from jaxlm.train.reporter import SILENT, Reporter
+from jaxlm.train.state import State, make_state, state_shardings
+from jaxlm.train.stop import Notice, Preempted
+
+HOST_ONLY = ("record_ids",)  # what stays off the devices
+
+
+def train(
+    phase: Phase,
+    start: Params | State,
+    records: Any,
+    *,
+    options: RunOptions,
+    mesh: jax.sharding.Mesh,
+    steps: int | None = None,
+    stage: str = "train",
+    evaluate: Callable[[Params], Mapping[str, float]] | None = None,
+    reporter: Reporter = SILENT,
+    describe: Callable[[int, int], str] | None = None,
+    task_names: Sequence[str] = (),
+    axes: Callable[[Params], Any] = logical_axes,
+    config: Mapping[str, Any] | None = None,
+) -> State:
+    """Runs one phase to its end; with a directory, goes on from where an earlier call of the same stage was stopped.
+
+    Args:
+      phase: what to learn and how. Its `finish` is left to the caller, who may want to look at both sides of it.
+      start: parameters, which `phase.prepare` changes, or the state of an earlier stage, moments and all. What is
+        handed in is copied once and stays valid.
+      records: for `phase.batches`; with `get_state` and `set_state` if the run has a directory.
+      options: batch size, seed, intervals, directory.
+      mesh: of all processes.
+      steps: updates of this stage; None: `options.steps`.
+      stage: its checkpoints lie in `<directory>/checkpoints/<stage>`; unique in a run. A stage found finished there
+        is restored and returned at once.
+      evaluate: held-out metrics of parameters: before a fresh start from parameters, every `options.evaluate_every`
+        updates, and after the last.
+      reporter: hears metrics and events.
+      describe: `(task_id, record_id) -> place`, for errors.
+      task_names: for metrics by task.
+      axes: from parameters to logical axes; a method with parameters of its own brings theirs.
+      config: what a checkpoint must agree with, besides names and shapes.
+    Raises: ValueError for sizes that do not fit, a checkpoint that does not, an update that is not finite or has
+      nothing to learn from; OSError if a checkpoint cannot be written; Preempted after SIGTERM, once it is saved.
+    """
+    check_rows(mesh, options.batch_size, options.micro_batches)
+    likes, make = plan(phase, start, mesh=mesh, seed=options.seed, stage=stage, axes=axes)
+    first = int(start.step) if isinstance(start, State) else 0
+    last = first + (options.steps if steps is None else steps)
+    saves = None
+    if options.directory:
+        saves = RunCheckpoints(
+            Path(options.directory) / "checkpoints" / stage,
+            keep_last=options.keep_last,
+            keep_best=options.keep_best,
+            config=config,
+            bad_checkpoint=options.bad_checkpoint,
+        )
+    begin = time.perf_counter()
+    restored = saves.restore(likes) if saves else None
+    state = restored.state if restored else make()
+    at = restored.step if restored else first
+    if at > last:
+        raise ValueError(f"stage {stage!r} stands at step {at}, beyond the {last} asked for: use another directory")
+    if restored or isinstance(start, State) or stage == "train":
+        reporter.rewind(at)
+    if restored:
+        reporter.event("restore", step=at, stage=stage, seconds=time.perf_counter() - begin)
+    if saves and restored and at == last:
+        saves.close()
+        return state
+    run = _Run(phase, state, at, last, options, mesh, likes, saves, reporter, describe)
+    run.interval = Interval(task_names, restored.data_state["tokens"] if restored else 0)
+    run.open(records, restored.data_state["stream"] if restored else None)
+    if evaluate and not restored and not isinstance(start, State):
+        run.evaluate(evaluate)
+    try:
+        with Notice() as notice:
+            while run.step < last:
+                run.update()
+                run.after(evaluate, notice)
+    finally:
+        if saves:
+            saves.close()
+    return run.state
+
+
+def plan(
+    phase: Phase, start: Params | State, *, mesh: jax.sharding.Mesh, seed: int, stage: str, axes: Callable
+) -> tuple[State, Callable[[], State]]:
+    """Shapes and shardings of the state, and a function that makes it."""
+    if isinstance(start, State):
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), start)
+        wanted = leaves_of(jax.eval_shape(phase.tx.init, shapes.params))
+        if leaves_of(shapes.opt_state) != wanted:
+            raise ValueError(
+                "the state handed on was made by another optimizer: its leaves are not those of phase.tx. Pass "
+                "state.params to begin with fresh moments"
+            )
+        places = state_shardings(phase.tx, shapes.params, shardings(mesh, axes(shapes.params), shapes.params), mesh)
+
+        def go_on() -> State:
+            return jax.jit(copied, out_shardings=places)(jax.device_put(start, places))
+
+        return with_shardings(shapes, places), go_on
+    # Stages draw from keys of their own.
+    key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(stage.encode())))
+
+    def init(params: Params, key: jax.Array) -> State:
+        key, prepare_key = jax.random.split(key)
+        return make_state(copied(phase.prepare(params, prepare_key)), phase.tx, key)
+
+    shapes = jax.eval_shape(init, start, key)
+    places = state_shardings(phase.tx, shapes.params, shardings(mesh, axes(shapes.params), shapes.params), mesh)
+
+    def make() -> State:
+        given = jax.device_put(start, shardings(mesh, axes(start), start))
+        return jax.jit(init, out_shardings=places)(given, jax.device_put(key, places.rng))
+
+    return with_shardings(shapes, places), make
+
+
+def copied(tree: Any) -> Any:
+    """New buffers, inside a compiled function: an update deletes its own, never the caller's."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def with_shardings(shapes: State, places: State) -> State:
+    """Shapes that say where they lie, for a restore."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+
+
+class _Run:
+    """What one call of `train` carries around."""
+
+    interval: Interval
+    batches: Iterator
+
+    def __init__(self, phase, state, step, last, options, mesh, likes, saves, reporter, describe):
+        self.phase, self.state, self.step, self.last = phase, state, step, last
+        self.options, self.mesh, self.saves = options, mesh, saves
+        self.reporter, self.describe = reporter, describe
+        places = jax.tree.map(lambda x: x.sharding, likes)
+        self.program = program(phase, mesh=mesh, shardings=places, num_parts=options.micro_batches)
+        self.rows = rows(mesh)
+        # Where steps are not awaited, XLA's CPU collectives may deadlock; accelerators run one step ahead.
+        self.ahead = 0 if mesh.devices.flat[0].platform == "cpu" else 1
+        self.unread: collections.deque = collections.deque()  # (step, metrics, batch on the host)
+
+    def open(self, records: Any, stream_state: Any) -> None:
+        """Begins the stream of batches, where `stream_state` says."""
+        if stream_state is not None and hasattr(records, "set_state"):
+            records.set_state(stream_state)
+        self.batches = iter(self.phase.batches(records, lambda: self.state.params))
+        self.stream: Any = self.batches if hasattr(self.batches, "get_state") else records
+        if stream_state is not None and not hasattr(records, "set_state"):
+            self.stream.set_state(stream_state)
+        if self.saves and not hasattr(self.stream, "get_state"):
+            raise ValueError(
+                "the records have no get_state and set_state, so a run with a directory could not be resumed: pass "
+                "a stream of jaxlm.data.batches, or run.directory= for a run that saves nothing"
+            )
+
+    def update(self) -> None:
+        """Takes a batch, starts an update, reads the metrics of those that are done."""
+        try:
+            batch = next(self.batches)
+        except StopIteration as error:
+            raise ValueError(f"the batches ended after step {self.step}, {self.last} were asked for") from error
+        local = self.options.batch_size // jax.process_count()
+        for name, value in batch.items():
+            if value.shape[0] != (self.options.batch_size if isinstance(value, jax.Array) else local):
+                raise ValueError(f"batch[{name!r}] has {value.shape[0]} rows, expected {local} on each process")
+        arrays = {name: self.place(value) for name, value in batch.items() if name not in HOST_ONLY}
+        step = self.step + 1
+        self.state, metrics = self.program(self.state, arrays, self.compiled)
+        self.step = step
+        self.unread.append((step, metrics, batch))
+        self.read(self.ahead)
+
+    def place(self, value: Any) -> jax.Array:
+        """Rows of this process, or of all if it is a jax array already, onto the devices."""
+        if isinstance(value, jax.Array):
+            return jax.device_put(value, self.rows)
+        return jax.make_array_from_process_local_data(self.rows, value)
+
+    def compiled(self, seconds: float) -> None:
+        """A new shape was compiled."""
+        self.reporter.event("compile", step=self.step + 1, seconds=seconds)
+        self.interval.leave_out(seconds)
+
+    def read(self, ahead: int) -> None:
+        """Waits for all but the newest `ahead` updates and looks at how they went."""
+        while len(self.unread) > ahead:
+            step, metrics, batch = self.unread.popleft()
+            if not self.ahead:
+                jax.block_until_ready(self.state)
+            metrics = jax.device_get(metrics)
+            check_update(step, metrics, functools.partial(records_of, batch, self.describe))
+            self.interval.add(metrics)
+
+    def after(self, evaluate: Callable | None, notice: Notice) -> None:
+        """Whatever is due after an update: report, evaluation, save, stop. In this order, so that what was reported
+        up to a saved step is complete."""
+        options, done = self.options, self.step == self.last
+
+        def due(every: int) -> bool:
+            return done or (every > 0 and self.step % every == 0)
+
+        if due(options.log_every):
+            self.read(0)
+            if self.interval.updates:
+                self.reporter.train(self.step, self.interval.report())
+        metrics: Mapping[str, float] = {}
+        if evaluate and due(options.evaluate_every):
+            metrics = self.evaluate(evaluate)
+        told = notice.reached(self.step)
+        best = options.keep_best in metrics and self.saves and metrics[options.keep_best] < self.saves.best()
+        if self.saves and (due(options.save_every) or best or told):
+            self.save(metrics, background=not (done or told))
+        if told and not done:
+            self.read(0)
+            where = f"saved in {options.directory}" if self.saves else "nothing saved, the run has no directory"
+            self.reporter.event("preempted", step=self.step)
+            raise Preempted(f"told to stop (SIGTERM) after step {self.step} of {self.last}: {where}")
+
+    def evaluate(self, evaluate: Callable[[Params], Mapping[str, float]]) -> Mapping[str, float]:
+        """Held-out metrics of the parameters as they are."""
+        self.read(0)
+        begin = time.perf_counter()
+        metrics = evaluate(self.state.params)
+        if self.options.keep_best and self.options.keep_best not in metrics:
+            raise ValueError(f"keep_best {self.options.keep_best!r} is none of the held-out metrics {sorted(metrics)}")
+        self.reporter.evaluation(self.step, metrics)
+        self.interval.leave_out(time.perf_counter() - begin)
+        return metrics
+
+    def save(self, metrics: Mapping[str, float], *, background: bool) -> None:
+        """Saves the state, known to be finite."""
+        self.read(0)
+        stream = self.stream.get_state()
+        data_state = {"stream": stream, "tokens": self.interval.total_tokens}
+        seconds = self.saves.save(self.step, self.state, data_state=data_state, metrics=metrics, background=background)
+        self.interval.leave_out(seconds)
+        self.reporter.event("save", step=self.step, seconds=seconds)
