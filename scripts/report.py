@@ -15,12 +15,12 @@ def main() -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run directory")
     parser.add_argument("--out", help="the page; default: report.html in the first run directory")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     # Late, because it imports jax and matplotlib, and --help must not.
     from jaxlm.train.page import write_page
 
     out = pathlib.Path(arguments.out or pathlib.Path(arguments.runs[0]) / "report.html")
-    print(write_page(out, arguments.runs))
+    print(write_page(arguments.runs, out))
     return 0
 
 

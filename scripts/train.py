@@ -20,15 +20,14 @@ def main() -> int:
     parser.add_argument("config", help="a config file, or a run directory to go on with")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="such as run.steps=100")
     parser.add_argument("--show", action="store_true", help="print the resolved config as JSON and stop")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.show:
         print(json.dumps(to_json(config), indent=1))
         return 0
     # Late, because they import jax, and --help must not.
-    from jaxlm.train.loop import Preempted
-
     from jaxlm.run import run
+    from jaxlm.train.loop import Preempted
 
     try:
         run(config)
