@@ -22,6 +22,7 @@ from jaxlm.train.options import MeshOptions, RunOptions
 # What may differ between a stored config and the one that resumes its run: where and how long, never what is learnt.
 MAY_CHANGE = (
     "mesh",
+    "prepared",
     "run.bad_checkpoint",
     "run.directory",
     "run.evaluate_every",
@@ -59,6 +60,7 @@ class RunConfig:
       model: a ModelConfig starts from random parameters, a Pretrained from a checkpoint.
       tokenizer: "bytes", a folder or .gguf file, or "" for the one that comes with a pretrained model.
       data: the tasks and how their records become rows.
+      prepared: a folder that `scripts/prepare.py` wrote for `data`; "" prepares from the sources.
       method: a dataclass of `jaxlm.methods`, such as `Sft()`.
       run: steps, batch, directory, how often to log, evaluate and save.
       mesh: devices along each mesh axis.
@@ -67,6 +69,7 @@ class RunConfig:
     model: ModelConfig | Pretrained
     tokenizer: str = ""
     data: DataConfig
+    prepared: str = ""
     method: Any
     run: RunOptions
     mesh: MeshOptions = MeshOptions()

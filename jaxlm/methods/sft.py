@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Supervised fine-tuning: the phase every other method differs from, with or without low-rank adapters."""
+
+import dataclasses
+
+from jaxlm.losses.next_token import next_token_terms
+from jaxlm.nn.config import Lora
+from jaxlm.nn.decoder import Model
+from jaxlm.nn.lora import add_lora, merge_lora
+from jaxlm.train.job import Job
+from jaxlm.train.optimizer import make_optimizer
+from jaxlm.train.options import AdamW
+from jaxlm.train.phase import Phase, unchanged
+from jaxlm.transforms.freeze import freeze
+
+ADAPTERS_ONLY = ((r".*/lora_[ab]", "trained"), (r".*", "frozen"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sft:
+    """Next-token loss on the tokens that carry weight, every task in every batch as the mixture says.
+
+    Attributes:
+      optimizer: AdamW's numbers and schedule.
+      z_loss: >= 0, coefficient of log(Z)^2, which keeps the softmax normaliser near one
+        (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
+      lora: adapters to train in place of the parameters; they are merged when the run ends.
+    """
+
+    optimizer: AdamW = AdamW()
+    z_loss: float = 0.0
+    lora: Lora | None = None
+
+    def model(self, model: Model) -> Model:
+        """The model that this method trains: with the adapters' scale when there are adapters."""
+        if self.lora is None:
+            return model
+        return dataclasses.replace(model, config=dataclasses.replace(model.config, adapter_scale=self.lora.scale))
+
+    def phase(self, model: Model, *, num_tasks: int, steps: int) -> Phase:
+        """SFT as a phase; other methods replace its slots.
+
+        Args:
+          model: what `self.model` returned.
+          num_tasks: length of the per-task metrics.
+          steps: updates that the learning-rate schedule spans.
+        """
+
+        def loss_fn(params, batch, rng):
+            hidden = model.apply(
+                params, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+            )
+            return next_token_terms(
+                hidden,
+                model.head(params),
+                batch,
+                num_tasks=num_tasks,
+                softcap=model.config.logit_softcap,
+                z_loss=self.z_loss,
+            )
+
+        tx = make_optimizer(self.optimizer, steps)
+        if self.lora is None:
+            return Phase(loss_fn, tx)
+        lora = self.lora
+        return Phase(
+            loss_fn,
+            freeze(tx, ADAPTERS_ONLY),
+            prepare=lambda params, rng: add_lora(params, lora, rng),
+            finish=lambda params: merge_lora(params, lora.scale),
+        )
+
+    def run(self, job: Job):
+        """Trains on the job's mixture and returns the parameters, adapters merged."""
+        model = self.model(job.model)
+        phase = self.phase(model, num_tasks=len(job.task_names), steps=job.options.steps)
+        state = job.train(phase, model=model)
+        if phase.finish is unchanged:
+            return state.params
+        return job.finish(phase, model, state.params)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a config to a finished run: data, model, method, checkpoint folder, report."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
+
+from jaxlm import checkpoints
+from jaxlm.config import ModelConfig, Pretrained, RunConfig, claim_directory
+from jaxlm.data.preparation import prepare
+from jaxlm.data.prepared import Prepared, open_prepared
+from jaxlm.data.stream import batches, finite_batches
+from jaxlm.data.tokenizers import byte_tokenizer
+from jaxlm.nn.axes import logical_axes
+from jaxlm.nn.decoder import Model
+from jaxlm.nn.flops import model_flops
+from jaxlm.train.job import Job
+from jaxlm.train.mesh import check_rows, constrainer, make_mesh, shardings
+from jaxlm.train.page import write_page
+from jaxlm.train.phase import Params
+from jaxlm.train.reporter import SILENT, Reporter, RunReporter
+from jaxlm.train.throughput import peak
+
+
+class Result(NamedTuple):
+    """What a run leaves in memory; the directory holds the rest.
+
+    Attributes:
+      model: as configured.
+      params: after the method's last phase.
+      before: held-out metrics of the parameters that came in, by name such as "loss/sort".
+      after: the same of `params`.
+    """
+
+    model: Model
+    params: Params
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+
+
+def run(config: RunConfig) -> Result:
+    """Runs a config from its data to its report; with the directory of an interrupted run it goes on with that run.
+
+    The run directory then holds `config.json`, `metrics.jsonl`, TensorBoard files, `checkpoints/`, the prepared data,
+    `summary.json` (held-out metrics before and after), `model/` (a Hugging Face folder) and `report.html`.
+
+    Raises: ValueError for anything in the config that cannot work, before anything is compiled;
+      `jaxlm.train.Preempted` after a SIGTERM, with the state saved.
+    """
+    directory = pathlib.Path(config.run.directory) if config.run.directory else None
+    first = jax.process_index() == 0
+    if directory is not None:
+        claim_directory(config, write=first)
+    mesh = make_mesh(config.mesh)
+    check_rows(mesh, config.run.batch_size, config.run.micro_batches)
+    tokenizer = load_tokenizer(config)
+    train_rows, test_rows = open_data(config, tokenizer)
+    model, params = load_model(config, mesh, vocabulary=train_rows.vocab_size)
+    if first:
+        print(train_rows.summary(), flush=True)
+    reporter = _reporter(config, model) if first else SILENT
+    job = Job(
+        model=model,
+        params=params,
+        task_names=config.data.task_names,
+        options=config.run,
+        mesh=mesh,
+        batches=lambda tasks=None, weights=None: batches(
+            train_rows,
+            batch_size=config.run.batch_size,
+            seed=config.run.seed,
+            tasks=tasks,
+            weights=config.data.weights if weights is None else weights,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        held_out=lambda: finite_batches(
+            test_rows,
+            batch_size=config.run.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        reporter=reporter,
+        describe=train_rows.describe,
+    )
+    try:
+        summary = _read_summary(directory)
+        if "before" not in summary:
+            summary = {"before": job.evaluate(model, params)}
+            reporter.evaluation(0, summary["before"])
+            _write_summary(directory, summary, write=first)
+        trained = config.method.run(job)
+        summary["after"] = job.evaluate(model, trained)
+        reporter.evaluation(config.run.steps, summary["after"])
+    finally:
+        reporter.close()
+    if directory is not None:
+        _export(directory / "model", model, trained, tokenizer, write=first)
+        _write_summary(directory, summary, write=first)
+        if first:
+            write_page([directory], directory / "report.html")
+    return Result(model, trained, summary["before"], summary["after"])
+
+
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer that a config names: "bytes", a folder or .gguf file, or the pretrained model's own."""
+    if config.tokenizer == "bytes":
+        return byte_tokenizer()
+    path = config.tokenizer or (config.model.path if isinstance(config.model, Pretrained) else "")
+    return checkpoints.load_tokenizer(path)
+
+
+def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[Prepared, Prepared]:
+    """Train and test rows: from `config.prepared`, or prepared from their sources under the run directory.
+
+    Raises: ValueError where prepared data is of other tasks or another length, or no task has a test source.
+    """
+    if not config.prepared:
+        folder = pathlib.Path(config.run.directory or ".") / "data"
+        return tuple(prepare(config.data, tokenizer, split=split, directory=folder) for split in ("train", "test"))
+    return tuple(_find_prepared(config, split) for split in ("train", "test"))
+
+
+def load_model(config: RunConfig, mesh: Mesh, *, vocabulary: int) -> tuple[Model, Params]:
+    """The model and its parameters, divided over the mesh from the start: random, or from a checkpoint.
+
+    Args:
+      vocabulary: what the data's tokens need; a model with fewer entries is refused.
+    """
+    if isinstance(config.model, Pretrained):
+        place = lambda shapes: shardings(mesh, logical_axes(shapes), shapes)
+        model, params = checkpoints.load(config.model.path, shardings=place, **config.model.overrides())
+    else:
+        model = Model(config.model)
+    if model.config.vocab_size < vocabulary:
+        raise ValueError(
+            f"the tokenizer makes ids up to {vocabulary - 1}, but the model has vocab_size {model.config.vocab_size}: "
+            f"set it to at least {vocabulary}, or use the tokenizer that the model was made with"
+        )
+    if isinstance(config.model, ModelConfig):
+        key = jax.random.key(config.run.seed)
+        shapes = jax.eval_shape(model.init, key)
+        params = jax.jit(model.init, out_shardings=shardings(mesh, logical_axes(shapes), shapes))(key)
+    return Model(model.config, constrain=constrainer(mesh)), params
+
+
+def _find_prepared(config: RunConfig, split: str) -> Prepared:
+    found = sorted(pathlib.Path(config.prepared).glob(f"{split}-*/manifest.json"))
+    if len(found) != 1:
+        raise ValueError(
+            f"{config.prepared} must hold one prepared {split} split, found {len(found)}: run scripts/prepare.py"
+        )
+    prepared = open_prepared(found[0].parent)
+    ours, theirs = (config.data.task_names, config.data.length), (prepared.task_names, prepared.length)
+    if ours != theirs:
+        raise ValueError(f"{prepared.folder} has tasks and length {theirs}, the config {ours}: prepare it again")
+    return prepared
+
+
+def _reporter(config: RunConfig, model: Model) -> Reporter:
+    length = config.data.length
+    return RunReporter(
+        config.run.directory,
+        config.run.steps,
+        flops_per_token=3 * model_flops(model.config, tokens=length, length=length) / length,
+        peak=peak(jax.devices(), tflops=config.run.peak_tflops),
+    )
+
+
+def _read_summary(directory: pathlib.Path | None) -> dict[str, Any]:
+    path = directory / "summary.json" if directory is not None else None
+    return json.loads(path.read_text()) if path is not None and path.is_file() else {}
+
+
+def _write_summary(directory: pathlib.Path | None, summary: Mapping[str, Any], *, write: bool) -> None:
+    if directory is not None and write:
+        part = directory / "summary.json.part"
+        part.write_text(json.dumps(summary, indent=1) + "\n")
+        part.replace(directory / "summary.json")
+
+
+def _export(folder: pathlib.Path, model: Model, params: Params, tokenizer: Any, *, write: bool) -> None:
+    """Saves the model beside an older one and then takes its place, so that there always is a whole one."""
+    fresh = folder.with_name("model.new")
+    if write:
+        shutil.rmtree(fresh, ignore_errors=True)
+    checkpoints.save(fresh, model, params, tokenizer=tokenizer)
+    if write:
+        shutil.rmtree(folder, ignore_errors=True)
+        fresh.rename(folder)
