@@ -10,12 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.kernels.blocked_attention import blocked_attention
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.dense import dense
 from jaxlm.nn.norm import rms_norm
 from jaxlm.nn.positions import rotate
-
-MASKED = -1e30  # finite, so that a wholly masked row averages its values instead of giving NaN
 
 
 def attend(
@@ -42,7 +41,7 @@ def attend(
       window: number of tokens seen, itself included; an int, a traced int32 scalar, or None for all of the past.
       scale: of the scores; None: H ** -0.5.
       softcap: scores become softcap * tanh(scores / softcap); None leaves them.
-      implementation: "xla" (any device; scores in float32), "cudnn" (NVIDIA, bf16 or fp16, no softcap), or "auto":
+      implementation: "xla" (any device; float32 scores in blocks), "cudnn" (NVIDIA, bf16 or fp16, no softcap), "auto":
         cudnn where it can, else xla.
     Returns: [B, L, N, H] in the dtype of the query.
     Raises: ValueError if a forced implementation cannot do it, naming the reason.
@@ -54,7 +53,9 @@ def attend(
     if implementation not in ("auto", "xla", "cudnn"):
         raise ValueError(f"attention must be 'auto', 'xla' or 'cudnn', got {implementation!r}")
     if implementation == "xla" or reason:
-        return _attend_xla(query_BLNH, key_BMKH, value_BMKH, segment_ids, window, scale, softcap)
+        return blocked_attention(
+            query_BLNH, key_BMKH, value_BMKH, scale=scale, softcap=softcap, segment_ids=segment_ids, window=window
+        )
     return _attend_cudnn(query_BLNH, key_BMKH, value_BMKH, segment_ids, window, scale)
 
 
@@ -83,18 +84,6 @@ def visible(length: int, segment_ids: jax.Array | None, window: int | jax.Array 
     if segment_ids is not None:
         seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
     return seen
-
-
-def _attend_xla(query_BLNH, key_BMKH, value_BMKH, segment_ids, window, scale, softcap):
-    B, L, N, H = query_BLNH.shape
-    K = key_BMKH.shape[2]
-    query_BLKGH = query_BLNH.reshape(B, L, K, N // K, H)
-    scores = jnp.einsum("BLKGH,BMKH->BKGLM", query_BLKGH, key_BMKH, preferred_element_type=jnp.float32) * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    seen = visible(L, segment_ids, window)[:, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1).astype(value_BMKH.dtype)
-    return jnp.einsum("BKGLM,BMKH->BLKGH", weights, value_BMKH).reshape(B, L, N, H)
 
 
 def _attend_cudnn(query_BLNH, key_BMKH, value_BMKH, segment_ids, window, scale):
