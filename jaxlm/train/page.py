@@ -71,17 +71,16 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
 def render(runs: Sequence[Run]) -> str:
     """The page as text."""
     names = [run.name for run in runs]
-    tasks = sorted(
-        {name.partition("/")[2] for run in runs for line in _all(run) for name in line if _is_task_loss(name)}
-    )
+    metrics = sorted({name for run in runs for line in _all(run) for name in line})
+    tasks = [name.removeprefix("loss/") for name in metrics if name.startswith("loss/")]
     losses = [_panel("All tasks", "nats / token", "loss", runs)]
     losses += [_panel(task, "nats / token", f"loss/{task}", runs) for task in tasks]
     how = [
-        _panel("Learning rate", "", "learning_rate", runs, from_zero=True),
+        _panel("Learning rate", "", "learning_rate", runs, from_zero=True, smooth=False),
         _panel("Update norm", "", "update_norm", runs, from_zero=True),
         _panel("Throughput", "tokens / s", "tokens_per_second", runs, from_zero=True),
         _panel("MFU", "share of the peak", "mfu", runs, from_zero=True),
-        _panel("Memory, most so far", "GiB", "memory_gib", runs, from_zero=True),
+        _panel("Memory, most so far", "GiB", "memory_gib", runs, from_zero=True, smooth=False),
     ]
     sections = [
         _section("Before and after", "Held-out records under teacher forcing.", _before_and_after(runs, tasks)),
@@ -114,14 +113,14 @@ def _all(run: Run) -> list[Mapping[str, Any]]:
     return [*run.train.values(), *run.held_out.values()]
 
 
-def _panel(title: str, unit: str, metric: str, runs: Sequence[Run], *, from_zero: bool = False) -> Panel:
+def _panel(title: str, unit: str, metric: str, runs: Sequence[Run], **options: bool) -> Panel:
     """One metric of all runs, as trained and as held out."""
     series = {}
     for run in runs:
         kinds = [(run.train, False), (run.held_out, True)]
         points = [(sorted(s for s in lines if metric in lines[s]), lines, held_out) for lines, held_out in kinds]
         series[run.name] = [Series(at, [lines[s][metric] for s in at], held) for at, lines, held in points if at]
-    return Panel(title, unit, series, from_zero)
+    return Panel(title, unit, series, **options)
 
 
 def _facts(runs: Sequence[Run]) -> str:

@@ -49,12 +49,13 @@ class Series(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One small picture: series by run name."""
+    """One small picture: series by run name; `smooth` draws the running mean of noisy points over them."""
 
     title: str
     unit: str
     series: Mapping[str, Sequence[Series]]
     from_zero: bool = False
+    smooth: bool = True
 
 
 def picture(name: str, panels: Sequence[Panel], runs: Sequence[str], *, columns: int = 3) -> str:
@@ -66,7 +67,7 @@ def picture(name: str, panels: Sequence[Panel], runs: Sequence[str], *, columns:
       runs: all run names of the page, in the order of their colours.
       columns: panels side by side.
     """
-    columns = min(columns, len(panels))
+    columns = 2 if len(panels) == 4 else min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=(3.6 * columns, 2.5 * rows), layout="constrained")
@@ -91,20 +92,20 @@ def _draw(axis, panel: Panel, runs: Sequence[str]) -> None:
             points = [(x, y) for x, y in zip(series.steps, series.values, strict=True) if math.isfinite(y)]
             drawn += len(points)
             if points:
-                _line(axis, [x for x, _ in points], [y for _, y in points], series.held_out, look)
+                _line(axis, [x for x, _ in points], [y for _, y in points], series.held_out, look, panel.smooth)
     if not drawn:
         axis.text(0.5, 0.5, "nothing reported", ha="center", va="center", transform=axis.transAxes, alpha=0.6)
         axis.set_yticks([])
     if panel.from_zero and drawn:
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * axis.dataLim.y1 or 1)
 
 
-def _line(axis, steps: Sequence[float], values: Sequence[float], held_out: bool, look: dict) -> None:
-    """Held-out points with markers; training points as a line, with their running mean where there are many."""
+def _line(axis, steps: Sequence[float], values: Sequence[float], held_out: bool, look: dict, smooth: bool) -> None:
+    """Held-out points with markers; training points as a line, under their running mean where there are many."""
     if held_out:
         axis.plot(steps, values, marker="o", markersize=5, linewidth=1.8, **look)
-    elif len(values) < 40:
-        axis.plot(steps, values, linewidth=1.0, alpha=0.75, **look)
+    elif len(values) < 40 or not smooth:
+        axis.plot(steps, values, linewidth=1.2, alpha=0.9, **look)
     else:
         axis.plot(steps, values, linewidth=0.6, alpha=0.35, color=look["color"])
         axis.plot(steps, _running_mean(values, len(values) // 20), linewidth=1.2, alpha=0.9, **look)
