@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from jaxlm import checkpoints
-from jaxlm.config import ModelConfig, Pretrained, RunConfig, claim_directory
+from jaxlm.config import Pretrained, RunConfig, claim_directory
 from jaxlm.data.preparation import prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.data.stream import batches, finite_batches
@@ -133,20 +133,22 @@ def load_model(config: RunConfig, mesh: Mesh, *, vocabulary: int) -> tuple[Model
     Args:
       vocabulary: what the data's tokens need; a model with fewer entries is refused.
     """
+
+    def place(shapes: Params) -> Params:
+        return shardings(mesh, logical_axes(shapes), shapes)
+
     if isinstance(config.model, Pretrained):
-        place = lambda shapes: shardings(mesh, logical_axes(shapes), shapes)
         model, params = checkpoints.load(config.model.path, shardings=place, **config.model.overrides())
     else:
-        model = Model(config.model)
+        model, params = Model(config.model), None
     if model.config.vocab_size < vocabulary:
         raise ValueError(
             f"the tokenizer makes ids up to {vocabulary - 1}, but the model has vocab_size {model.config.vocab_size}: "
             f"set it to at least {vocabulary}, or use the tokenizer that the model was made with"
         )
-    if isinstance(config.model, ModelConfig):
+    if params is None:
         key = jax.random.key(config.run.seed)
-        shapes = jax.eval_shape(model.init, key)
-        params = jax.jit(model.init, out_shardings=shardings(mesh, logical_axes(shapes), shapes))(key)
+        params = jax.jit(model.init, out_shardings=place(jax.eval_shape(model.init, key)))(key)
     return Model(model.config, constrain=constrainer(mesh)), params
 
 
