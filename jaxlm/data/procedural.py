@@ -61,7 +61,7 @@ def recall(rng: random.Random, *, pairs: int = 4, letters: int = 26) -> tuple[st
     return f"{listed}, {names[wanted]}=", f" {numbers[wanted]}"
 
 
-def progression(rng: random.Random, *, start: int = 100, step: int = 20, terms: int = 3) -> tuple[str, str]:
+def progression(rng: random.Random, *, start: int = 1000, step: int = 50, terms: int = 3) -> tuple[str, str]:
     """next 5 9 13= 17; start * step exercises."""
     first, distance = rng.randrange(start), 1 + rng.randrange(step)
     return f"next {_spaced([first + i * distance for i in range(terms)])}=", f" {first + terms * distance}"

@@ -14,6 +14,7 @@ import numpy as np
 from jaxlm.data.prepared import Prepared, empty_row
 
 Batch = dict[str, np.ndarray]
+_END = 2**52  # rows; for ever is sys.maxsize to grain, which its batching rounds up to one too many
 
 
 class _Rows:
@@ -109,7 +110,7 @@ def batches(
     shuffled = [
         grain.MapDataset.source(_Rows(prepared, name)).shuffle(seed=_seed(seed, name)).repeat(None) for name in tasks
     ]
-    mixed = grain.MapDataset.mix(shuffled, shares)[process_index::process_count]
+    mixed = grain.MapDataset.mix(shuffled, shares)[process_index:_END:process_count]
     identity = {"data": prepared.key, "seed": seed, "batch_size": batch_size, "tasks": tasks, "weights": shares}
     return BatchStream(mixed.batch(batch_size // process_count), identity, threads=threads, ahead=ahead)
 
