@@ -52,11 +52,11 @@ def blocked_attention(
     B, L, N, H = query_BLNH.shape
     K = key_BLKH.shape[2]
     block = max(64, -(-L // (MAX_BLOCKS * 64)) * 64) if block is None else block
-    static = window is None or isinstance(window, int)
-    options = _Options(scale, softcap, window if static else None, block)
+    fixed, traced = (window, None) if window is None or isinstance(window, int) else (None, window)
+    options = _Options(scale, softcap, fixed, block)
     query = query_BLNH.reshape(B, L, K, N // K, H).transpose(0, 2, 3, 1, 4)
     key, value = key_BLKH.transpose(0, 2, 3, 1), value_BLKH.transpose(0, 2, 3, 1)
-    out = _attend(query, key, value, segment_ids, None if static else window, options)
+    out = _attend(query, key, value, segment_ids, traced, options)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
 
 

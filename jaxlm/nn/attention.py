@@ -14,7 +14,7 @@ from jaxlm.kernels.blocked_attention import blocked_attention
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.dense import dense
 from jaxlm.nn.norm import rms_norm
-from jaxlm.nn.positions import rotate
+from jaxlm.nn.positions import Table, rotate
 
 
 def attend(
@@ -47,7 +47,8 @@ def attend(
     Raises: ValueError if a forced implementation cannot do it, naming the reason.
     """
     scale = query_BLNH.shape[-1] ** -0.5 if scale is None else scale
-    reason = cudnn_refusal(query_BLNH, softcap=softcap)
+    masked = segment_ids is not None or not (window is None or isinstance(window, int))
+    reason = cudnn_refusal(query_BLNH, softcap=softcap, masked=masked)
     if implementation == "cudnn" and reason:
         raise ValueError(f"attention 'cudnn' cannot do this: {reason}; use attention='auto' or 'xla'")
     if implementation not in ("auto", "xla", "cudnn"):
@@ -59,17 +60,26 @@ def attend(
     return _attend_cudnn(query_BLNH, key_BMKH, value_BMKH, segment_ids, window, scale)
 
 
-def cudnn_refusal(query_BLNH: jax.Array, *, softcap: float | None = None) -> str | None:
-    """Why cuDNN's attention cannot take this query on the default backend, or None if it can."""
-    head_width = query_BLNH.shape[-1]
-    if jax.default_backend() != "gpu":
-        return f"it needs an NVIDIA GPU and the backend is {jax.default_backend()!r}"
+def cudnn_refusal(query_BLNH: jax.Array, *, softcap: float | None = None, masked: bool = False) -> str | None:
+    """Why cuDNN's attention cannot take this query on the default backend, or None if it can.
+
+    Args:
+      query_BLNH: [B, L, N, H].
+      softcap: of the scores.
+      masked: whether segments, or a traced window, need a mask.
+    """
+    if (backend := jax.default_backend()) != "gpu":
+        return f"it needs an NVIDIA GPU and the backend is {backend!r}"
     if softcap is not None:
         return f"it has no soft-cap and the model caps scores at {softcap}"
     if query_BLNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 or float16 and the query is {query_BLNH.dtype}"
-    if head_width % 8 or head_width > 128:
-        return f"it needs a head width that is a multiple of 8 and at most 128, got {head_width}"
+    _, length, _, head_width = query_BLNH.shape
+    widest = 256 if float(getattr(jax.devices()[0], "compute_capability", "0")) >= 9 else 128
+    if head_width % 8 or head_width > widest:
+        return f"on this device it needs a head width that is a multiple of 8 and at most {widest}, got {head_width}"
+    if masked and length % 2:
+        return f"with segments it needs an even length, got {length}"
     return None
 
 
@@ -109,7 +119,7 @@ def attention(
     x_BLD: jax.Array,
     config: ModelConfig,
     *,
-    rotary: tuple[jax.Array, jax.Array] | None = None,
+    rotary: Table | None = None,
     segment_ids: jax.Array | None = None,
     window: int | jax.Array | None = None,
 ) -> jax.Array:

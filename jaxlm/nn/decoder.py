@@ -17,7 +17,7 @@ from jaxlm.nn.attention import attention
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.mlp import mlp
 from jaxlm.nn.norm import NORMS
-from jaxlm.nn.positions import rotary_frequencies, rotary_table
+from jaxlm.nn.positions import Table, rotary
 from jaxlm.nn.shapes import decoder_leaves, initialise
 
 Params = Mapping[str, Any]
@@ -78,14 +78,10 @@ class Model:
                     f"{tokens.shape[1]} tokens exceed the {config.max_length} learned positions: cut the rows"
                 )
         x = _embed(params, tokens, positions, config)
-        rotary = None
-        if config.positions == "rope":
-            rotary = rotary_table(
-                positions, rotary_frequencies(config.head_size, config.rope_base, config.rope_scaling)
-            )
+        table = rotary(config, tokens.shape[1], positions)
 
         def layer(x, p, window):
-            return self.constrain(block(p, x, config, rotary=rotary, segment_ids=segment_ids, window=window), RESIDUAL)
+            return self.constrain(block(p, x, config, rotary=table, segment_ids=segment_ids, window=window), RESIDUAL)
 
         x = _scan_layers(layer, self.constrain(x, RESIDUAL), params["blocks"], config, tokens.shape[1])
         return _norm(params["final_norm"], x, config)
@@ -120,7 +116,7 @@ def block(
     x_BTD: jax.Array,
     config: ModelConfig,
     *,
-    rotary: tuple[jax.Array, jax.Array] | None = None,
+    rotary: Table | None = None,
     segment_ids: jax.Array | None = None,
     window: int | jax.Array | None = None,
 ) -> jax.Array:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The feed-forward block, gated or plain.  D width, F inner width."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import jax
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.dense import dense
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),

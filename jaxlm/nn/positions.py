@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.nn.config import LinearScaling, Llama3Scaling
+from jaxlm.nn.config import LinearScaling, Llama3Scaling, ModelConfig
+
+Table = tuple[jax.Array, jax.Array]  # cosine and sine
 
 
 def rotary_frequencies(width: int, base: float, scaling: LinearScaling | Llama3Scaling | None = None) -> np.ndarray:
@@ -36,14 +38,23 @@ def rotary_frequencies(width: int, base: float, scaling: LinearScaling | Llama3S
     return frequency.astype(np.float32)
 
 
-def rotary_table(positions_BT: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def rotary_table(positions_BT: jax.Array, frequencies: np.ndarray) -> Table:
     """Cosine and sine of position * frequency, each [B, T, 1, H/2] float32; made once, used by every layer."""
     angles = positions_BT.astype(jnp.float32)[:, :, None, None] * jnp.asarray(frequencies)[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x_BTNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x_BTNH: jax.Array, table: Table) -> jax.Array:
     """Turns channel i against channel i + H/2 by the table's angle, in float32; keeps shape and dtype."""
     cos, sin = table
     low, high = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def rotary(config: ModelConfig, length: int, positions_BT: jax.Array | None = None) -> Table | None:
+    """The table of a model for [B, T] positions (None: 0 .. length - 1), or None if its positions are not rotary."""
+    if config.positions != "rope":
+        return None
+    if positions_BT is None:
+        positions_BT = jnp.arange(length, dtype=jnp.int32)[None, :]
+    return rotary_table(positions_BT, rotary_frequencies(config.head_size, config.rope_base, config.rope_scaling))
