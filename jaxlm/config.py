@@ -162,7 +162,10 @@ def read_config(directory: str | Path) -> RunConfig:
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} is no run directory: it has no config.json")
-    return from_json(json.loads(path.read_text()))
+    config = from_json(json.loads(path.read_text()))
+    if not isinstance(config, RunConfig):
+        raise ValueError(f"{path} is not the config of a run")
+    return config
 
 
 def claim_directory(config: RunConfig, *, write: bool = True) -> None:

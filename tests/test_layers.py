@@ -17,6 +17,7 @@ ROWS = (
     ("methods",),
     ("config",),
     ("run", "shrink"),
+    ("evaluation",),
 )
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 FLAX = {"nn", "checkpoints"}

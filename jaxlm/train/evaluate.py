@@ -23,7 +23,7 @@ _ON_HOST = "record_ids"  # names records for people; never sent to a device
 def evaluate(
     model: Model,
     params: Params,
-    batches: Iterable[Mapping[str, np.ndarray]],
+    batches: Iterable[Mapping[str, Any]],
     task_names: Sequence[str],
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float]:

@@ -77,6 +77,7 @@ class RunReporter:
         if self._stream.isatty():
             self._bar = tqdm(total=total_steps, unit="step", file=self._stream, dynamic_ncols=True)
         self._purge_step: int | None = None
+        self._said_peak = peak is None
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of the updates since the last report, the last of them being `step`."""
@@ -147,6 +148,15 @@ class RunReporter:
         self._step = int(step)
         if self._directory is None:
             return
+        if not self._said_peak and self._peak is not None:
+            self._said_peak = True
+            self.event(
+                "start",
+                step=0,
+                peak=self._peak.name,
+                flops="forward and backward of the model, attention counted causal",
+            )
+            self._step = int(step)
         file, board = self._open(self._directory)
         line = {"kind": kind, "step": self._step, "time": round(time.time(), 3)}
         file.write(json.dumps(line | {key: _plain(value) for key, value in fields.items()}) + "\n")

@@ -96,7 +96,8 @@ def test_an_impossible_mfu_is_reported_and_does_not_end_the_run(tmp_path, screen
     reporter = RunReporter(tmp_path, 5, flops_per_token=1e9, peak=Peak(1e9, "1 x toy"), stream=screen)
     reporter.train(1, {"tokens_per_second": 1.5})
     reporter.close()
-    event, train = raw(tmp_path)
+    start, event, train = raw(tmp_path)
+    assert start["name"] == "start" and start["peak"] == "1 x toy" and "causal" in start["flops"]
     assert event["name"] == "error" and "MFU of 150 % is impossible" in event["message"]
     assert train["mfu"] == "nan" and train["memory_gib"] > 0
     with pytest.raises(ValueError, match=r"set run\.peak_tflops"):
