@@ -226,7 +226,8 @@ def _read_qwen3(c: _Keys) -> dict[str, Any]:
 
 def _read_qwen(c: _Keys) -> dict[str, Any]:
     fields = _read_rms_decoder(c)
-    window, first = c.size_or_none("sliding_window") if c("use_sliding_window") else None, c("max_window_layers")
+    window, first = c.size_or_none("sliding_window"), c("max_window_layers")
+    window = window if c("use_sliding_window") else None
     layers = range(fields["num_layers"])
     default = ["sliding_attention" if window is not None and i >= first else "full_attention" for i in layers]
     return fields | {"windows": _read_windows(c, fields["num_layers"], window, default)}
@@ -307,7 +308,10 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     keys = _Keys(values, family.name)
     fields = _READERS[family.name](keys)
     keys.refuse_the_rest()
-    return ModelConfig(**fields)
+    config = ModelConfig(**fields)
+    return dataclasses.replace(
+        config, num_kv_heads=config.kv_heads, head_width=config.head_size, mlp_width=config.mlp_size
+    )
 
 
 def override(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:

@@ -180,6 +180,7 @@ def _write_tensors(arrays: dict[str, np.ndarray], file: pathlib.Path) -> None:
         save_file(arrays, file, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"cannot write {file}: {error}; free some space or give another path") from error
+    file.chmod((file.parent / "config.json").stat().st_mode)  # safetensors makes its files private
 
 
 def _write_texts(folder: pathlib.Path, config: dict[str, Any], tokenizer: Any) -> None:

@@ -127,9 +127,9 @@ def _ignored(family: Family, name: str) -> bool:
 
 def _check_tied_head(tensors: Tensors, embedding: str, path: str) -> None:
     """A tied checkpoint may carry its head as well, if it is the embedding."""
-    shapes = tensors.shapes
-    blocks = [(slice(i, i + 4096), slice(None)) for i in range(0, shapes[embedding][0], 4096)]
-    same = shapes[HEAD.theirs] == shapes[embedding]
+    rows, width = shape = tensors.shapes[embedding]
+    blocks = [(slice(i, min(i + 4096, rows)), slice(0, width)) for i in range(0, rows, 4096)]
+    same = tensors.shapes[HEAD.theirs] == shape
     if not same or any((tensors.read(HEAD.theirs, at) != tensors.read(embedding, at)).any() for at in blocks):
         raise ValueError(f"{path}: the config ties head and embedding but {HEAD.theirs} differs: load with tied=False")
 
