@@ -11,7 +11,7 @@ import jax
 from jaxlm.config import Pretrained, RunConfig
 from jaxlm.data.stream import finite_batches
 from jaxlm.run import load_model, load_tokenizer, open_data
-from jaxlm.train.evaluate import evaluate
+from jaxlm.train.held_out import evaluate
 from jaxlm.train.mesh import check_rows, make_mesh
 
 

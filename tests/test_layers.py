@@ -2,7 +2,6 @@
 """The house rules about files: who may import whom, what may stand in a file, what may never be called."""
 
 import ast
-import re
 from pathlib import Path
 
 import pytest
@@ -155,6 +154,16 @@ def test_errors_are_caught_by_name(path):
             assert not mutable, f"{path}:{node.lineno} has a mutable default, shared by all calls"
 
 
-def test_a_test_file_is_named_once():
-    names = [Path(path).stem for path in ALL if re.match(r"tests/.*test_\w+\.py", path)]
-    assert len(names) == len(set(names)), "two test files of one name are mixed up in reports"
+PACKAGES = [path for path in LIBRARY if path.endswith("/__init__.py") and path != "jaxlm/__init__.py"]
+
+
+@pytest.mark.parametrize("path", PACKAGES)
+def test_a_public_name_is_not_the_name_of_a_file(path):
+    for call in (node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)):
+        names = ast.literal_eval(call.args[1]) if ast.unparse(call.func) == "attach" else {}
+        there = {file.stem for file in (ROOT / path).parent.glob("*.py")}
+        assert not names.keys() & there, (
+            f"{path}: once {sorted(names.keys() & there)} is imported as a file, the package's name means the file and "
+            "no longer what is in it: rename the file"
+        )
+        assert set(names.values()) <= there, f"{path} names files that are not there: {set(names.values()) - there}"

@@ -11,7 +11,7 @@ from jaxlm.train.job import Job
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.options import AdamW
 from jaxlm.train.phase import Phase, unchanged
-from jaxlm.transforms.freeze import freeze
+from jaxlm.transforms.frozen import freeze
 
 ADAPTERS_ONLY = ((r".*/lora_[ab]", "trained"), (r".*", "frozen"))
 

@@ -12,7 +12,7 @@ __getattr__, __dir__ = attach(
         "Preempted": "stop",
         "RunOptions": "options",
         "State": "state",
-        "evaluate": "evaluate",
+        "evaluate": "held_out",
         "learning_rate": "optimizer",
         "make_mesh": "mesh",
         "make_optimizer": "optimizer",

@@ -3,4 +3,4 @@
 
 from jaxlm._lazy import attach
 
-__getattr__, __dir__ = attach(__name__, {"freeze": "freeze"})
+__getattr__, __dir__ = attach(__name__, {"freeze": "frozen"})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.nn import Model, ModelConfig
-from jaxlm.train.evaluate import evaluate
+from jaxlm.train.held_out import evaluate
 from jaxlm.train.mesh import make_mesh
 from jaxlm.train.options import MeshOptions
 
