@@ -21,16 +21,23 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As usual, but an unknown option is told before a missing argument is."""
+        words = list(sys.argv[1:] if args is None else args)
+        known = [option for action in self._actions for option in action.option_strings]
+        commands = any(isinstance(action.choices, dict) for action in self._actions)  # they know their own options
+        for word in words[: words.index("--")] if "--" in words else words:
+            name, equals, value = word.partition("=")
+            if word.startswith("--") and name not in known and not commands:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+                if equals and not near:
+                    hint = f"; fields of the config are set without dashes: {name.lstrip('-')}={value}"
+                self.error(f"unknown option {name}{hint}")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        """Prints the message, with the nearest option if one was unknown, and exits."""
-        words = message.partition("unrecognized arguments: ")[2].split()
-        for word in words:
-            name, _, value = word.partition("=")
-            known = [option for action in self._actions for option in action.option_strings]
-            if near := difflib.get_close_matches(name, known, 1):
-                message += f"; did you mean {near[0]}?"
-            elif name.startswith("--") and value:
-                message += f"; fields of the config are set without dashes: {name.lstrip('-')}={value}"
+        """Prints the message and exits."""
         self.exit(USER_ERROR, f"{self.prog}: {message}\nTry {self.prog} --help\n")
 
 

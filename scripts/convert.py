@@ -4,24 +4,25 @@
 python scripts/convert.py SmolLM2-135M-Instruct.Q4_1.gguf smollm2/
 """
 
-import argparse
+from jaxlm.command import Parser, call
 
 
-def main() -> None:
+def main() -> int:
     """Parses the command line, converts, prints one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("source", help="folder of a Hugging Face checkpoint (safetensors), or a .gguf file")
     parser.add_argument("target", help="folder to write; it must not exist or be empty")
     parser.add_argument("--max-shard-bytes", type=float, default=5e9, help="size of one file (default 5e9)")
     options = parser.parse_args()
-
-    from jaxlm.checkpoints.convert import convert  # here, so that --help does not wait for jax
+    # Late, because it imports jax, and --help must not.
+    from jaxlm.checkpoints.convert import convert
 
     try:
         print(convert(options.source, options.target, max_shard_bytes=options.max_shard_bytes))
-    except (ValueError, ImportError, OSError) as error:
-        raise SystemExit(f"convert: {error}") from None
+    except (ImportError, OSError) as error:
+        raise ValueError(str(error)) from error
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    call(main)
