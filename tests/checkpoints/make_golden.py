@@ -10,8 +10,6 @@ import pathlib
 import sys
 
 import numpy as np
-import torch
-import transformers
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -84,19 +82,25 @@ VARIANTS = {
 }
 
 
-def make_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32):
-    """A transformers model of a variant with weights far from their initial values, so that no part is silent."""
+def make_model(name: str, *, seed: int = 0, rounded: bool = False):
+    """A transformers model of a variant with weights far from their initial values, so that no part is silent.
+
+    rounded: to numbers that bfloat16 holds; the model is float32 all the same.
+    """
+    import torch  # here, because the newest Python has none
+    import transformers
+
     kind, fields = VARIANTS[name]
     config = getattr(transformers, kind)(**fields)
     config._attn_implementation = "eager"  # soft caps exist only there
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
     for path, parameter in model.named_parameters():
-        noise = torch.randn_like(parameter)
         is_norm = parameter.ndim == 1 and not path.endswith("bias")
         centre = 1.0 if is_norm and name != "gemma2" else 0.0  # Gemma stores the distance from one
         scale = 0.3 if parameter.ndim == 1 else 1.5 * parameter.shape[-1] ** -0.5
-        parameter.data = (centre + scale * noise).to(dtype).float()
+        values = centre + scale * torch.randn_like(parameter)
+        parameter.data = (values.bfloat16() if rounded else values).float()
     return model
 
 
@@ -112,19 +116,22 @@ def make_batch(*, vocab: int = 64, length: int = 20, seed: int = 0) -> dict[str,
     return {"tokens": np.where(segments > 0, tokens, 0), "segment_ids": segments, "positions": positions}
 
 
-@torch.no_grad()
 def reference_logits(model, batch: dict[str, np.ndarray]) -> np.ndarray:
     """Logits of every real position, [number of real positions, vocabulary], in row-major order.
 
     Packed texts go through transformers one by one; the row padded on the left goes through whole, with its mask.
     """
+    import torch
+
     tokens, segments = torch.tensor(batch["tokens"]).long(), batch["segment_ids"]
-    rows = []
-    for row in (0, 1):
-        for segment in range(1, segments[row].max() + 1):
-            rows.append(model(tokens[row : row + 1, segments[row] == segment]).logits[0])
-    mask = torch.tensor(segments[2:] > 0).long()
-    padded = model(tokens[2:], attention_mask=mask, position_ids=torch.tensor(batch["positions"][2:]).long())
+    with torch.no_grad():
+        rows = [
+            model(tokens[row : row + 1, segments[row] == segment]).logits[0]
+            for row in (0, 1)
+            for segment in range(1, segments[row].max() + 1)
+        ]
+        mask = torch.tensor(segments[2:] > 0).long()
+        padded = model(tokens[2:], attention_mask=mask, position_ids=torch.tensor(batch["positions"][2:]).long())
     rows.append(padded.logits[0, segments[2] > 0])
     return torch.cat(rows).float().numpy()
 
@@ -132,7 +139,7 @@ def reference_logits(model, batch: dict[str, np.ndarray]) -> np.ndarray:
 def main() -> None:
     """Writes golden/<variant>: an ordinary checkpoint folder and expected.npz."""
     for name in VARIANTS:
-        model = make_model(name, dtype=torch.bfloat16)
+        model = make_model(name, rounded=True)
         batch = make_batch(seed=len(name))
         folder = GOLDEN / name
         logits = reference_logits(model, batch)

@@ -27,7 +27,7 @@ def change(folder, edit):
 
 def untied(folder):
     """Adds a head that is not the embedding."""
-    return change(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    return change(folder, lambda t: t.update({"lm_head.weight": -t["model.embed_tokens.weight"]}))
 
 
 NORM = "model.norm.weight"
@@ -113,7 +113,7 @@ def test_a_tied_checkpoint_may_carry_its_head_if_it_is_the_embedding(altered):
     with pytest.raises(ValueError, match=r"lm_head\.weight differs.*tied=False"):
         checkpoints.load(untied(folder))
     params = checkpoints.load(folder, tied=False)[1]
-    np.testing.assert_array_equal(params["head"]["kernel"], params["embed"]["table"].T + 1)
+    np.testing.assert_array_equal(params["head"]["kernel"], -params["embed"]["table"].T)
 
 
 def test_untying_starts_from_the_embedding(golden):
