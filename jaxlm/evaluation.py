@@ -3,7 +3,7 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -43,21 +43,48 @@ def table(metrics: Mapping[str, float]) -> str:
 
     >>> print(table({"loss": 0.5, "loss/sort": 0.5, "perplexity/sort": 1.65, "exact_match/sort": 0.25}))
     task    loss  perplexity  exact match
-    sort  0.5000       1.650       25.0 %
+    sort  0.5000        1.65       25.0 %
     all   0.5000
     """
-    tasks = [name.removeprefix("loss/") for name in metrics if name.startswith("loss/")]
-    rows = [("task", "loss", "perplexity", "exact match")]
-    for task in tasks:
-        perplexity, exact = metrics[f"perplexity/{task}"], metrics[f"exact_match/{task}"]
-        rows.append((task, f"{metrics[f'loss/{task}']:.4f}", f"{perplexity:.4g}".ljust(5, "0"), f"{100 * exact:.1f} %"))
-    rows.append(("all", f"{metrics['loss']:.4f}", "", ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    rows: list[Sequence[str]] = [("task", "loss", "perplexity", "exact match")]
+    for task in _tasks(metrics):
+        exact = _percent(metrics[f"exact_match/{task}"])
+        rows.append((task, f"{metrics[f'loss/{task}']:.4f}", f"{metrics[f'perplexity/{task}']:.4g}", exact))
+    return _aligned([*rows, ("all", f"{metrics['loss']:.4f}", "", "")])
+
+
+def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """What a run changed, as text, a row a task.
+
+    >>> before = {"loss": 2.0, "loss/sort": 2.0, "exact_match/sort": 0.0}
+    >>> print(comparison(before, {"loss": 0.5, "loss/sort": 0.5, "exact_match/sort": 0.25}))
+    task  loss before   after  exact before   after
+    sort       2.0000  0.5000         0.0 %  25.0 %
+    all        2.0000  0.5000
+    """
+    rows: list[Sequence[str]] = [("task", "loss before", "after", "exact before", "after")]
+    for task in _tasks(after):
+        losses = [f"{metrics[f'loss/{task}']:.4f}" for metrics in (before, after)]
+        rows.append((task, *losses, *(_percent(metrics[f"exact_match/{task}"]) for metrics in (before, after))))
+    return _aligned([*rows, ("all", f"{before['loss']:.4f}", f"{after['loss']:.4f}", "", "")])
+
+
+def _tasks(metrics: Mapping[str, float]) -> list[str]:
+    return [name.removeprefix("loss/") for name in metrics if name.startswith("loss/")]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of one width; names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, *numbers in rows:
+        cells = [text.rjust(width) for text, width in zip(numbers, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
 
 
 def _at(path: Path, config: RunConfig) -> Pretrained:

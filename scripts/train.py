@@ -8,6 +8,7 @@ The same command again resumes the run where it stopped. A run stopped by SIGTER
 """
 
 import json
+import pathlib
 import sys
 
 from jaxlm.command import TRY_AGAIN, Parser, call
@@ -26,14 +27,21 @@ def main() -> int:
         print(json.dumps(to_json(config), indent=1))
         return 0
     # Late, because they import jax, and --help must not.
+    import jax
+
+    from jaxlm.evaluation import comparison
     from jaxlm.run import run
     from jaxlm.train.loop import Preempted
 
     try:
-        run(config)
+        result = run(config)
     except Preempted as stopped:
         print(f"stopped: {stopped}; the same command goes on", file=sys.stderr)
         return TRY_AGAIN
+    if jax.process_index() == 0:
+        print("\n" + comparison(result.before, result.after))
+        if config.run.directory:
+            print(f"\nreport: {pathlib.Path(config.run.directory) / 'report.html'}")
     return 0
 
 

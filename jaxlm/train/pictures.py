@@ -70,7 +70,7 @@ def picture(name: str, panels: Sequence[Panel], runs: Sequence[str], *, columns:
     columns = 2 if len(panels) == 4 else min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=(3.6 * columns, 2.5 * rows), layout="constrained")
+        figure = Figure(figsize=(10.8, 2.6 * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axis, panel in zip(axes, panels, strict=False):
             _draw(axis, panel, runs)

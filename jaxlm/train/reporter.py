@@ -70,7 +70,8 @@ class RunReporter:
         self._peak = peak
         self._stream = sys.stderr if stream is None else stream
         self._step = 0
-        self._started = (0, time.monotonic())  # step and clock that the time left is reckoned from
+        self._started: tuple[int, float] | None = None  # step and clock that the time left is reckoned from
+        self._evaluated: tuple[int, dict[str, float]] | None = None
         self._file: TextIO | None = None
         self._board: tensorboardX.SummaryWriter | None = None
         self._bar = None
@@ -87,9 +88,12 @@ class RunReporter:
         self._show(step, metrics)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of held-out records after `step` updates."""
+        """Metrics of held-out records after `step` updates; the same said twice is told once."""
+        if self._evaluated == (step, dict(metrics)):
+            return
+        self._evaluated = (step, dict(metrics))
         self._write("eval", step, metrics)
-        tasks = sorted(name.partition("/")[2] for name in metrics if name.startswith("loss/"))
+        tasks = [name.partition("/")[2] for name in metrics if name.startswith("loss/")]
         each = [f"{task} {_short(metrics[f'loss/{task}'])}{_exact(metrics, task)}" for task in tasks]
         self._say(f"held out at step {step}: " + ", ".join([f"loss {_short(metrics.get('loss', math.nan))}", *each]))
 
@@ -104,7 +108,7 @@ class RunReporter:
             _cut(self._directory / "metrics.jsonl", step)
             self._purge_step = step + 1
         self._step = max(step, 0)
-        self._started = (self._step, time.monotonic())
+        self._started = None
         if self._bar is not None:
             self._bar.initial = self._bar.n = self._step
             self._bar.refresh()
@@ -176,8 +180,10 @@ class RunReporter:
             self._bar.set_postfix_str(", ".join(parts), refresh=False)
             self._bar.update(step - self._bar.n)
             return
-        first, since = self._started
-        if step > first:
+        if self._started is None:
+            self._started = (step, time.monotonic())  # only now: the first update waited for its compilation
+        elif step > self._started[0]:
+            first, since = self._started
             seconds = (time.monotonic() - since) / (step - first) * max(self._total_steps - step, 0)
             parts.append(f"{tqdm.format_interval(seconds)} left")
         self._say(f"step {step}/{self._total_steps}: " + ", ".join(parts))

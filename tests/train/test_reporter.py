@@ -75,11 +75,14 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 def test_without_a_terminal_each_report_is_one_plain_line(tmp_path, screen):
     reporter = RunReporter("", 20, flops_per_token=1e6, peak=Peak(1e10, "1 x cpu"), stream=screen)
     reporter.train(10, {"loss": 2.5, "tokens_per_second": 1234.0})
-    reporter.evaluation(10, {"loss": 2.0, "loss/sort": 2.0, "exact_match/sort": 0.25})
+    reporter.train(15, {"loss": 2.0})
+    for _ in range(2):
+        reporter.evaluation(15, {"loss": 2.0, "loss/sort": 2.0, "exact_match/sort": 0.25})
     reporter.close()
-    train, evaluation = screen.getvalue().splitlines()
-    assert train.startswith("step 10/20: loss 2.5, 1234 tokens/s, MFU 12.3 % of 1 x cpu, ") and train.endswith(" left")
-    assert evaluation == "held out at step 10: loss 2, sort 2 (25 % exact)"
+    first, second, evaluation = screen.getvalue().splitlines()
+    assert first == "step 10/20: loss 2.5, 1234 tokens/s, MFU 12.3 % of 1 x cpu"
+    assert second.startswith("step 15/20: loss 2, ") and second.endswith(" left")
+    assert evaluation == "held out at step 15: loss 2, sort 2 (25 % exact)"
 
 
 def test_a_terminal_gets_a_bar_that_a_resumed_run_starts_in_the_middle():
