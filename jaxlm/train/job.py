@@ -13,7 +13,7 @@ from jaxlm.train.held_out import evaluate
 from jaxlm.train.loop import train
 from jaxlm.train.mesh import rows
 from jaxlm.train.options import RunOptions
-from jaxlm.train.phase import Batch, Params, Phase
+from jaxlm.train.phase import Params, Phase
 from jaxlm.train.state import State
 
 
@@ -39,7 +39,7 @@ class Job:
     options: RunOptions
     mesh: jax.sharding.Mesh
     batches: Callable[..., Any]
-    held_out: Callable[[], Iterable[Batch]]
+    held_out: Callable[[], Iterable[Any]]
     reporter: Any
     describe: Callable[[int, int], str]
 
