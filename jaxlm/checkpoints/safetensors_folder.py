@@ -5,6 +5,7 @@ import json
 import pathlib
 from typing import Any
 
+import ml_dtypes  # noqa: F401 - teaches numpy bfloat16
 import numpy as np
 import safetensors
 
