@@ -167,7 +167,9 @@ class RunCheckpoints:
             return None
         state = ocp.load(self._directory / str(step) / "state", like)
         # Orbax gives a key the sharding of its data, which has a dimension more.
-        state = jax.tree.map(lambda x, l: x if x.sharding == l.sharding else jax.device_put(x, l.sharding), state, like)
+        state = jax.tree.map(
+            lambda x, asked: x if x.sharding == asked.sharding else jax.device_put(x, asked.sharding), state, like
+        )
         return Restored(step, state, record["data_state"], record["metrics"])
 
     def _readable(self, like: Any) -> tuple[int | None, dict]:

@@ -55,8 +55,8 @@ def train(
       steps: updates of this stage; None: `options.steps`.
       stage: its checkpoints lie in `<directory>/checkpoints/<stage>`; unique in a run. A stage found finished there
         is restored and returned at once.
-      evaluate: held-out metrics of parameters: before a fresh start from parameters, every `options.evaluate_every`
-        updates, and after the last.
+      evaluate: held-out metrics of parameters, every `options.evaluate_every` updates. Before and after are the
+        caller's: it knows what `prepare` and `finish` make of the parameters.
       reporter: hears metrics and events.
       describe: `(task_id, record_id) -> place`, for errors.
       task_names: for metrics by task.
@@ -66,6 +66,8 @@ def train(
       nothing to learn from; OSError if a checkpoint cannot be written; Preempted after SIGTERM, once it is saved.
     """
     check_rows(mesh, options.batch_size, options.micro_batches)
+    if options.keep_best and not (options.evaluate_every and evaluate):
+        raise ValueError(f"keep_best {options.keep_best!r} needs held-out metrics: set run.evaluate_every")
     likes, make = plan(phase, start, mesh=mesh, seed=options.seed, stage=stage, axes=axes)
     first = int(start.step) if isinstance(start, State) else 0
     last = first + (options.steps if steps is None else steps)
@@ -94,8 +96,6 @@ def train(
     run = _Run(phase, state, at, last, options, mesh, likes, saves, reporter, describe)
     run.interval = Interval(task_names, restored.data_state["tokens"] if restored else 0)
     run.open(records, restored.data_state["stream"] if restored else None)
-    if evaluate and not restored and not isinstance(start, State):
-        run.evaluate(evaluate)
     try:
         with Notice() as notice:
             while run.step < last:
@@ -174,7 +174,9 @@ class _Run:
         if stream_state is not None and hasattr(records, "set_state"):
             records.set_state(stream_state)
         self.batches = iter(self.phase.batches(records, lambda: self.state.params))
-        self.stream: Any = self.batches if hasattr(self.batches, "get_state") else records
+        self.stream: Any = records
+        if hasattr(self.batches, "get_state"):
+            self.stream = self.batches
         if stream_state is not None and not hasattr(records, "set_state"):
             self.stream.set_state(stream_state)
         if self.saves and not hasattr(self.stream, "get_state"):
@@ -234,7 +236,7 @@ class _Run:
             if self.interval.updates:
                 self.reporter.train(self.step, self.interval.report())
         metrics: Mapping[str, float] = {}
-        if evaluate and due(options.evaluate_every):
+        if evaluate and options.evaluate_every and self.step % options.evaluate_every == 0:
             metrics = self.evaluate(evaluate)
         told = notice.reached(self.step)
         best = options.keep_best in metrics and self.saves and metrics[options.keep_best] < self.saves.best()
