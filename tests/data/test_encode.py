@@ -129,11 +129,12 @@ def test_tokens_are_those_of_the_rendered_chat():
         assert ours in (theirs, [tokenizer.bos_token_id, *theirs]) and (bos is None or ours.count(ours[0]) == 1)
 
 
-def test_white_space_at_the_edge_of_an_answer_belongs_to_it():
+@pytest.mark.parametrize("completion", ["\n\n hello\n", "hello  ", "  hello;\n "])
+def test_white_space_at_the_edge_of_an_answer_belongs_to_it(completion):
     """Byte-level tokenizers trim white space from offsets: a mask made of those loses it."""
     tokenizer = bpe_tokenizer(None, eos="</s>")
-    encoded = Encoder(tokenizer).encode(parse({"prompt": "fox says:", "completion": "\n\n hello\n"}))
-    assert runs(tokenizer, encoded) == ["\n\n hello\n</s>"]
+    encoded = Encoder(tokenizer).encode(parse({"prompt": "fox says:", "completion": completion}))
+    assert runs(tokenizer, encoded) == [completion + "</s>"]
 
 
 @settings(deadline=None, max_examples=30)

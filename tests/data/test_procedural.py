@@ -63,7 +63,7 @@ FIRST = {
     "counting": "count b in babcaada=",
     "maximum": "max 24 65 60=",
     "modular": "8+3+8+6 mod 7=",
-    "progression": "",
+    "progression": "next 753 766 779=",
     "recall": "a3 n1 r5 s9, a=",
     "reversal": "reverse zgidn=",
     "sorting": "sort 4 1 7 5 5=",

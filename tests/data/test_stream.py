@@ -169,3 +169,13 @@ def test_what_cannot_be_drawn_is_refused(stream, options, message):
 def test_the_state_of_another_order_is_refused(stream, change, message):
     with pytest.raises(ValueError, match=message):
         stream().set_state({**stream().get_state(), **change})
+
+
+def test_tasks_of_one_size_are_shuffled_each_in_its_own_way(tmp_path):
+    source = Procedural(generator="recall", size=90)
+    config = DataConfig(tasks=(Task(name="a", train=source), Task(name="b", train=source)), length=32)
+    prepared = prepare(config, byte_tokenizer(), split="train", directory=tmp_path)
+    drawn = batches(prepared, batch_size=20, seed=0)
+    names = row_names(next(drawn))
+    drawn.close()
+    assert [record for task, record in names if task == 0] != [record for task, record in names if task == 1]
