@@ -6,7 +6,7 @@ marker; of a text, everything. Never the first token: nothing comes before it.
 """
 
 import re
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 import numpy as np
@@ -118,15 +118,17 @@ class Encoder:
 
     def _marked_spans(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
         """The rendered chat and the characters inside its {% generation %} blocks, each with the eos right after it."""
-        names = self.tokenizer.special_tokens_map
+        names: Any = self.tokenizer.special_tokens_map
+        rendered: Any
         try:
-            texts, marks = render_jinja_template(
+            rendered = render_jinja_template(
                 [messages], chat_template=self.tokenizer.chat_template, return_assistant_tokens_mask=True, **names
             )
         except jinja2.TemplateError as error:
             raise BadRecord("template", f"{self._template} refuses the chat: {error}") from error
-        text, eos = texts[0], self.tokenizer.eos_token
-        spans = [(start, self._end(text, start, end)) for start, end in marks[0]]
+        (text,), (marks,) = rendered
+        eos = self.tokenizer.eos_token
+        spans = [(start, self._end(text, start, end)) for start, end in marks]
         if eos:
             spans = [(start, end + len(eos) * text.startswith(eos, end)) for start, end in spans]
         return text, spans
@@ -161,8 +163,10 @@ class Encoder:
 
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
             )
         except jinja2.TemplateError as error:
             raise BadRecord("template", f"{self._template} refuses the chat: {error}") from error

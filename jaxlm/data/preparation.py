@@ -102,9 +102,9 @@ def _publish(unfinished: Path, folder: Path) -> None:
 
 
 class _Item(NamedTuple):
-    """A usable record; `index` is its number in the source."""
+    """A usable record; `number` is its place in the source."""
 
-    index: int
+    number: int
     encoded: Encoded
 
 
@@ -126,7 +126,7 @@ def _write_task(
             for start, length in _pieces(len(item.encoded.tokens), config.length):
                 lengths.append(length)
                 offsets.append(tokens.length + start)
-                records.append(item.index)
+                records.append(item.number)
             tokens.append(item.encoded.tokens)
             trained.append(item.encoded.trained)
     for reason, entry in skipped.items():
@@ -233,7 +233,7 @@ def _sample(encoder: Encoder, encoded: Encoded) -> str:
     edges = np.flatnonzero(np.diff(encoded.trained)) + 1
     parts = []
     for tokens, trained in zip(np.split(encoded.tokens, edges), np.split(encoded.trained, edges), strict=True):
-        text = encoder.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = str(encoder.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         parts.append(f"[[{text}]]" if trained[0] else text)
     return "".join(parts)
 

@@ -7,7 +7,7 @@ Item i depends on a hash of (generator, seed, i) alone: any item is made at once
 import hashlib
 import inspect
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxlm.data.config import Procedural
@@ -67,7 +67,7 @@ def progression(rng: random.Random, *, start: int = 1000, step: int = 50, terms:
     return f"next {_spaced([first + i * distance for i in range(terms)])}=", f" {first + terms * distance}"
 
 
-GENERATORS = {
+GENERATORS: Mapping[str, Callable[..., tuple[str, str]]] = {
     "addition": addition,
     "counting": counting,
     "maximum": maximum,
@@ -85,7 +85,7 @@ class Exercises:
     Raises: ValueError for an unknown generator or option, or one out of range.
 
     >>> Exercises(Procedural(generator="sorting", size=10, options={"count": 3}))[0]
-    {'prompt': 'sort 0 1 7=', 'completion': ' 0 1 7'}
+    {'prompt': 'sort 4 1 7=', 'completion': ' 1 4 7'}
     """
 
     def __init__(self, source: Procedural):

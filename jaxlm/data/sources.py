@@ -100,7 +100,9 @@ def _procedural(source: Procedural) -> Reader:
     exercises = procedural.Exercises(source)
     identity = {**_definition(source), "version": procedural.VERSION}
     return Reader(
-        identity, lambda: enumerate(exercises), [Place(0, f"{source.generator} of seed {source.seed}", "item")]
+        identity,
+        lambda: ((i, exercises[i]) for i in range(len(exercises))),
+        [Place(0, f"{source.generator} of seed {source.seed}", "item")],
     )
 
 

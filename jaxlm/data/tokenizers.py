@@ -50,7 +50,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     if not Path(folder).is_dir():
         raise ValueError(f"no folder {str(folder)!r} to read a tokenizer from")
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    if not tokenizer.is_fast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
             f"the tokenizer in {str(folder)!r} has no tokenizer.json: masks need a fast tokenizer's offsets"
         )
