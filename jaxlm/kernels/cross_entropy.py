@@ -196,7 +196,7 @@ def _scan_nll(hidden_BTD, head_DV, targets_BT, weights_BT, options: _Options, di
     cost_BT = options.z_loss * square_BT - log_probs_BT
     z_total = jnp.sum(weights_BT * square_BT)
     result = jnp.sum(weights_BT * cost_BT), (z_total, log_probs_BT, correct_BT)
-    if not differentiate:
+    if d_head_DV is None:
         return result, None
     return result, (_join(d_hidden_CBSD, targets_BT.shape[1]), d_head_DV.astype(head_DV.dtype), cost_BT)
 
