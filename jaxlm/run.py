@@ -4,6 +4,7 @@
 import json
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ class Result(NamedTuple):
     """What a run leaves in memory; the directory holds the rest.
 
     Attributes:
-      model: as configured.
+      model: as configured; its activations may lie anywhere.
       params: after the method's last phase.
       before: held-out metrics of the parameters that came in, by name such as "loss/sort".
       after: the same of `params`.
@@ -96,8 +97,9 @@ def run(config: RunConfig) -> Result:
             reporter.evaluation(0, summary["before"])
             _write_summary(directory, summary, write=first)
         trained = config.method.run(job)
-        summary["after"] = job.evaluate(model, trained)
-        reporter.evaluation(config.run.steps, summary["after"])
+        if summary.get("steps") != config.run.steps:
+            summary |= {"after": job.evaluate(model, trained), "steps": config.run.steps}
+            reporter.evaluation(config.run.steps, summary["after"])
     finally:
         reporter.close()
     if directory is not None:
@@ -105,7 +107,7 @@ def run(config: RunConfig) -> Result:
         _write_summary(directory, summary, write=first)
         if first:
             write_page([directory], directory / "report.html")
-    return Result(model, trained, summary["before"], summary["after"])
+    return Result(Model(model.config), trained, summary["before"], summary["after"])
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast:
@@ -122,9 +124,11 @@ def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[Pr
     Raises: ValueError where prepared data is of other tasks or another length, or no task has a test source.
     """
     if not config.prepared:
-        folder = pathlib.Path(config.run.directory or ".") / "data"
-        return tuple(prepare(config.data, tokenizer, split=split, directory=folder) for split in ("train", "test"))
-    return tuple(_find_prepared(config, split) for split in ("train", "test"))
+        with tempfile.TemporaryDirectory() as unkept:  # without a run directory; what is mapped outlives its name
+            folder = pathlib.Path(config.run.directory or unkept) / "data"
+            train = prepare(config.data, tokenizer, split="train", directory=folder)
+            return train, prepare(config.data, tokenizer, split="test", directory=folder)
+    return _find_prepared(config, "train"), _find_prepared(config, "test")
 
 
 def load_model(config: RunConfig, mesh: Mesh, *, vocabulary: int) -> tuple[Model, Params]:

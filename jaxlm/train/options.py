@@ -24,7 +24,7 @@ class RunOptions:
     seed: int = 0
     directory: str = ""  # holds config, metrics, checkpoints and report; "" writes nothing
     log_every: int = 10  # updates between two lines of metrics
-    evaluate_every: int = 0  # updates between two evaluations; 0: before and after only
+    evaluate_every: int = 0  # updates between two evaluations on the way; 0: none, only before and after the run
     save_every: int = 0  # updates between two checkpoints; 0: at the end only
     keep_last: int = 2  # checkpoints kept
     keep_best: str = ""  # an evaluation metric (lower is better) whose best checkpoint is kept too, such as "loss"
