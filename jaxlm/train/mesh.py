@@ -53,8 +53,8 @@ def make_mesh(options: MeshOptions, *, devices: Sequence[jax.Device] | None = No
 def spec(names: Sequence[str | None]) -> P:
     """The partition of one array from the logical names of its dimensions; a mesh axis serves the first that asks.
 
-    >>> spec(("batch", "length", "embed")), spec(("layers", "embed", "mlp"))
-    (PartitionSpec(('data', 'fsdp'), None, None), PartitionSpec(None, 'fsdp', 'tensor'))
+    >>> tuple(spec(("batch", "length", "embed"))), tuple(spec(("layers", "embed", "mlp")))
+    ((('data', 'fsdp'), None, None), (None, 'fsdp', 'tensor'))
     """
     taken: set[str] = set()
     parts: list[str | tuple[str, ...] | None] = []
