@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+SAVED = "attention"  # checkpoint name of what the backward pass reads, so that under remat nothing runs twice
 MASKED = -1e30  # finite: exp(MASKED - max) is exactly 0, and no row becomes NaN
 MAX_BLOCKS = 16  # blocks are unrolled, so this bounds the size of the program
 
@@ -66,6 +68,7 @@ def _attend(query_BKGLH, key_BKHL, value_BKHL, segment_ids, window, options):
 
 
 def _forward(query, key, value, segment_ids, window, options):
+    query, key, value = (checkpoint_name(x, SAVED) for x in (query, key, value))
     outs, log_sums = [], []
     for rows, keys in _blocks(query.shape[3], options):
         scores, _ = _scores(query, key, segment_ids, window, rows, keys, options)
@@ -76,6 +79,7 @@ def _forward(query, key, value, segment_ids, window, options):
         log_sums.append(top + jnp.log(total))
     out = jnp.concatenate([_unfold(x, query) for x in outs], axis=3)
     log_sum = jnp.concatenate([_unfold(x, query) for x in log_sums], axis=3)
+    out, log_sum = checkpoint_name(out, SAVED), checkpoint_name(log_sum, SAVED)
     return out, (query, key, value, segment_ids, window, out, log_sum)
 
 

@@ -63,7 +63,7 @@ class ModelConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
     remat: Literal["none", "full", "dots"] = (
-        "none"  # what the backward pass recomputes: nothing, a whole layer, all but products
+        "none"  # what the backward pass recomputes: nothing dear (no product), a whole layer, all but dense products
     )
     attention: Literal["auto", "xla", "cudnn"] = "auto"  # implementation
     adapter_scale: float = 1.0  # of LoRA leaves, alpha / rank

@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.kernels.blocked_attention import SAVED
 from jaxlm.nn.attention import attention
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.dense import PRODUCT
 from jaxlm.nn.mlp import mlp
 from jaxlm.nn.norm import NORMS
 from jaxlm.nn.positions import Table, rotary
@@ -159,7 +161,19 @@ def _scan_layers(layer: Callable, x: jax.Array, blocks: Any, config: ModelConfig
         p, window = inputs
         return layer(x, p, windows[0] if alike else window), None
 
-    if config.remat != "none":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+    policies = jax.checkpoint_policies
+    policy = {"none": _keep_what_is_dear, "dots": policies.dots_with_no_batch_dims_saveable, "full": None}[config.remat]
+    body = jax.checkpoint(body, prevent_cse=False, policy=policy)
     return jax.lax.scan(body, x, (blocks, scanned))[0]
+
+
+_NAMED = jax.checkpoint_policies.save_only_these_names(PRODUCT, SAVED)
+
+
+def _keep_what_is_dear(primitive: Any, *avals: Any, **options: Any) -> Any:
+    """Keeps products and attention; norms, rotations and activations are made again.
+
+    Left to itself a scan keeps every intermediate of every layer: on CPU, writing them takes longer than making them
+    (`docs/benchmarks/step.md`).
+    """
+    return primitive.name.startswith("dot_product_attention_fwd") or _NAMED(primitive, *avals, **options)  # cuDNN's

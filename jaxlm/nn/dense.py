@@ -4,6 +4,9 @@
 from collections.abc import Mapping
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
+
+PRODUCT = "product"  # checkpoint name of what `dense` returns: dear to make again
 
 
 def dense(p: Mapping[str, jax.Array], x: jax.Array, adapter_scale: float = 1.0) -> jax.Array:
@@ -24,4 +27,4 @@ def dense(p: Mapping[str, jax.Array], x: jax.Array, adapter_scale: float = 1.0) 
         y = y + adapter_scale * ((rows @ p["lora_a"].astype(x.dtype)) @ p["lora_b"].astype(x.dtype))
     if "bias" in p:
         y = y + p["bias"].astype(x.dtype)[None, :]
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return checkpoint_name(y.reshape(*x.shape[:-1], y.shape[-1]), PRODUCT)
