@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""jaxlm's own step: the SFT phase through `make_train_step`, with all its metrics, on one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from arms import shapes
+from arms.shapes import Shape
+from jaxlm.methods.sft import Sft
+from jaxlm.nn.axes import logical_axes
+from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.decoder import Model
+from jaxlm.train.mesh import make_mesh, shardings
+from jaxlm.train.options import AdamW, MeshOptions
+from jaxlm.train.state import make_state, state_shardings
+from jaxlm.train.step import make_train_step
+
+
+def model_config(shape: Shape) -> ModelConfig:
+    """The shape as a configuration."""
+    return ModelConfig(
+        vocab_size=shape.V,
+        width=shape.D,
+        num_layers=shape.L,
+        num_heads=shape.N,
+        num_kv_heads=shape.K,
+        head_width=shape.H,
+        mlp_width=shape.F,
+        rope_base=shapes.ROPE_BASE,
+        norm_epsilon=shapes.NORM_EPSILON,
+        tied=False,
+        dtype=shape.dtype,  # type: ignore[arg-type]
+    )
+
+
+def build(shape: Shape):
+    """(logits of tokens, one update and its loss)."""
+    model = Model(model_config(shape))
+    optimizer = AdamW(
+        learning_rate=shapes.LEARNING_RATE,
+        schedule="constant",
+        warmup=0.0,
+        b1=shapes.B1,
+        b2=shapes.B2,
+        epsilon=shapes.EPSILON,
+        weight_decay=shapes.DECAY,
+        decayed=(r".*",),
+        clip_norm=None,
+    )
+    phase = Sft(optimizer=optimizer).phase(model, num_tasks=1, steps=1000)
+    mesh = make_mesh(MeshOptions(), devices=jax.devices()[:1])
+    like = jax.eval_shape(model.init, jax.random.key(0))
+    placed = shardings(mesh, logical_axes(like), like)
+    places = state_shardings(phase.tx, like, placed, mesh)
+    born = functools.partial(make_state, tx=phase.tx, rng=jax.random.key(0))
+    make = jax.jit(born, out_shardings=places, donate_argnums=0)
+    state = [make(jax.tree.map(jnp.array, shapes.weights(shape)))]
+    compiled = make_train_step(phase, mesh=mesh, shardings=places)
+
+    def step(tokens):
+        ones = np.ones_like(tokens)
+        batch = {
+            "tokens": tokens,
+            "loss_weights": ones.astype(np.float32),
+            "positions": np.broadcast_to(np.arange(shape.T, dtype=np.int32), tokens.shape),
+            "segment_ids": ones,
+            "task_ids": np.zeros_like(tokens),
+        }
+        state[0], metrics = jax.block_until_ready(compiled(state[0], batch))
+        return float(metrics["loss"])
+
+    return jax.jit(lambda tokens: model.logits(state[0].params, model.apply(state[0].params, tokens))), step

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step, ours beside others: same weights, same batches, logits matched first, runs interleaved.
+
+  python scripts/benchmark.py step --shape cpu-s --arms ours,plain,torch
+  python scripts/benchmark.py step --shape cpu-m --arms ours,plain,torch,tunix --tunix-python PATH/bin/python
+  python scripts/benchmark.py step --shape 1b --arms ours      (on an accelerator: reports MFU)
+
+Each arm is a process of its own, so that peak memory is its own; an arm whose packages are missing is told as absent.
+"""
+
+import json
+import pathlib
+
+from arms import shapes, table
+from arms.measure import Arms, measure
+
+from jaxlm.command import Parser, call
+
+
+def main() -> int:
+    """Reads the arguments, measures, prints a Markdown table."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("what", choices=["step"], help="what to measure")
+    parser.add_argument("--shape", choices=list(shapes.SHAPES), default="cpu-s")
+    parser.add_argument("--arms", default="ours,plain,torch,tunix", help="in this order; the first is what ratios mean")
+    parser.add_argument("--steps", type=int, default=10, help="timed runs of each arm, after two that are not")
+    parser.add_argument("--tunix-python", metavar="PATH", help="python of an environment that has google-tunix")
+    parser.add_argument("--json", metavar="PATH", help="write the raw numbers there too")
+    arguments = parser.parse_args()
+    shape = shapes.SHAPES[arguments.shape]
+    with Arms(arguments.arms.split(","), arguments.shape, tunix_python=arguments.tunix_python) as arms:
+        results = measure(arms, num_steps=arguments.steps, tolerance=shape.tolerance)
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(results, indent=1))
+    print(table.markdown(arguments.shape, results))
+    return 0
+
+
+if __name__ == "__main__":
+    call(main)

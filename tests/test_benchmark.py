@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark runs, matches its arms, and tells of an arm that is not installed instead of failing."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "scripts/benchmark.py", "step", "--shape", "tiny", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_arms_are_matched_timed_and_absent_ones_told():
+    done = run("--arms", "ours,plain,tunix", "--steps", "2")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines(done)}
+    assert float(rows["ours"][0]) > 0 and float(rows["plain"][5]) > 0
+    # Four updates of AdamW in both: one wrong moment, decay or rate would show.
+    assert float(rows["ours"][6]) == pytest.approx(float(rows["plain"][6]), abs=2e-5)
+    if importlib.util.find_spec("tunix") is None:
+        assert rows["tunix"][0].startswith("absent: No module named")
+    assert "MFU of ours" in done.stdout and "causal attention counted" in done.stdout
+
+
+def lines(done):
+    return [line for line in done.stdout.splitlines() if line.startswith("|")]
+
+
+def test_an_unknown_arm_is_refused():
+    done = run("--arms", "ours,torhc")
+    assert done.returncode == 2 and "there are no arms ['torhc']" in done.stderr and "Traceback" not in done.stderr
