@@ -26,6 +26,7 @@ def call(*arguments, **options):
 def test_help_imports_nothing_heavy(name):
     code = (
         "import runpy, sys\n"
+        "sys.path.insert(0, 'scripts')\n"
         f"sys.argv = ['scripts/{name}', '--help']\n"
         "try:\n"
         f"    runpy.run_path('scripts/{name}', run_name='__main__')\n"
