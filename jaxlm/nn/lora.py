@@ -85,7 +85,8 @@ def merge_lora(params: Mapping[str, Any], scale: float) -> dict[str, Any]:
 
 def merge_drift(model: Model, params: Mapping[str, Any], merged: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
     """Largest absolute difference of logits between adapters and merged kernels on `tokens` [B, T]; [] float32."""
-    before, after = (model.logits(tree, model.apply(tree, tokens)) for tree in (params, merged))
+    logits = jax.jit(lambda tree: model.logits(tree, model.apply(tree, tokens)))
+    before, after = logits(params), logits(merged)
     return jnp.max(jnp.abs(before - after))
 
 
