@@ -168,7 +168,9 @@ class RunCheckpoints:
         state = ocp.load(self._directory / str(step) / "state", like)
         # Orbax gives a key the sharding of its data, which has a dimension more.
         state = jax.tree.map(
-            lambda x, asked: x if x.sharding == asked.sharding else jax.device_put(x, asked.sharding), state, like
+            lambda x, asked: x if x.sharding == asked.sharding else jax.jit(_same, out_shardings=asked.sharding)(x),
+            state,
+            like,
         )
         return Restored(step, state, record["data_state"], record["metrics"])
 
@@ -256,6 +258,10 @@ class RunCheckpoints:
             f"the checkpoint of step {step} could not be written to {self._directory}: {reason}. {intact}; free space "
             "on the disk (or lower run.keep_last) and start the same command again to go on from there"
         )
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
 
 
 def leaves_of(tree: Any) -> dict[str, list]:

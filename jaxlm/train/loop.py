@@ -3,6 +3,7 @@
 
 import collections
 import functools
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -125,19 +126,19 @@ def plan(
             return jax.jit(copied, out_shardings=places)(jax.device_put(start, places))
 
         return with_shardings(shapes, places), go_on
-    # Stages draw from keys of their own.
-    key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(stage.encode())))
 
-    def init(params: Params, key: jax.Array) -> State:
+    def init(params: Params) -> State:
+        # Stages draw from keys of their own. Made in here, because a key cannot be put across processes.
+        key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(stage.encode())))
         key, prepare_key = jax.random.split(key)
         return make_state(copied(phase.prepare(params, prepare_key)), phase.tx, key)
 
-    shapes = jax.eval_shape(init, start, key)
+    shapes = jax.eval_shape(init, start)
     places = state_shardings(phase.tx, shapes.params, shardings(mesh, axes(shapes.params), shapes.params), mesh)
 
     def make() -> State:
         given = jax.device_put(start, shardings(mesh, axes(start), start))
-        return jax.jit(init, out_shardings=places)(given, jax.device_put(key, places.rng))
+        return jax.jit(init, out_shardings=places)(given)
 
     return with_shardings(shapes, places), make
 
@@ -167,6 +168,7 @@ class _Run:
         self.rows = rows(mesh)
         # Where steps are not awaited, XLA's CPU collectives may deadlock; accelerators run one step ahead.
         self.ahead = 0 if mesh.devices.flat[0].platform == "cpu" else 1
+        self.best = saves.best() if saves else math.inf
         self.unread: collections.deque = collections.deque()  # (step, metrics, batch on the host)
 
     def open(self, records: Any, stream_state: Any) -> None:
@@ -239,7 +241,9 @@ class _Run:
         if evaluate and options.evaluate_every and self.step % options.evaluate_every == 0:
             metrics = self.evaluate(evaluate)
         told = notice.reached(self.step)
-        best = options.keep_best in metrics and self.saves and metrics[options.keep_best] < self.saves.best()
+        # Remembered, not read from the disk: all processes must decide alike, and a save may be on its way.
+        best = metrics.get(options.keep_best, math.inf) < self.best
+        self.best = min(self.best, metrics.get(options.keep_best, math.inf))
         if self.saves and (due(options.save_every) or best or told):
             self.save(metrics, background=not (done or told))
         if told and not done:
