@@ -221,6 +221,23 @@ def test_the_head_is_the_table_when_tied_and_its_cap_is_in_the_logits_only():
     np.testing.assert_allclose(model.logits(params, hidden), 3 * jnp.tanh(plain / 3), atol=1e-5)
 
 
+def test_the_embedding_scale_multiplies_the_table_and_is_rounded_to_the_compute_dtype():
+    model, params = start("llama", embedding_scale=4.03)  # untied: the head stays
+    row = packed(*tokens_of(4, 4))
+    plain, _ = start("llama")
+    scaled = {**params, "embed": {"table": 4.03 * params["embed"]["table"]}}
+    np.testing.assert_allclose(logits_of(model, params, **row), logits_of(plain, scaled, **row), atol=1e-5)
+
+    def embedded(scale, dtype):
+        config = dataclasses.replace(model.config, embedding_scale=scale, dtype=dtype, num_layers=0)
+        empty = {**params, "blocks": jax.tree.map(lambda x: x[:0], params["blocks"])}
+        return Model(config).apply(empty, jnp.asarray(row["tokens"]))
+
+    rounded = float(jnp.bfloat16(4.03))
+    assert rounded != 4.03
+    assert jnp.array_equal(embedded(4.03, "bfloat16"), embedded(rounded, "bfloat16"))
+
+
 def test_rows_longer_than_the_learned_positions_are_refused():
     model, params = start("gpt2")
     with pytest.raises(ValueError, match="17 tokens exceed the 16 learned positions"):
