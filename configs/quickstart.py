@@ -30,5 +30,5 @@ def get_config() -> RunConfig:
             length=128,
         ),
         method=Sft(optimizer=AdamW(learning_rate=3e-3, weight_decay=0.01)),
-        run=RunOptions(steps=600, batch_size=32, log_every=20, directory="runs/quickstart", save_every=200),
+        run=RunOptions(steps=200, batch_size=32, evaluate_every=50, save_every=100, directory="runs/quickstart"),
     )
