@@ -12,7 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-CHUNK = 1024  # tokens whose logits are held at once, over all rows and devices
+# Tokens whose logits are held at once, over all rows and devices. On CPU as many as its caches like
+# (docs/benchmarks/step.md); accelerators want taller products.
+CHUNK, CPU_CHUNK = 1024, 256
 
 
 class NllResult(NamedTuple):
@@ -45,7 +47,7 @@ def weighted_nll(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     *,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     softcap: float | None = None,
     z_loss: float = 0.0,
 ) -> NllResult:
@@ -62,7 +64,8 @@ def weighted_nll(
       head_DV: [D, V], any float; cast to the dtype of `hidden`, its gradient is summed in float32.
       targets_BT: [B, T] int32 in [0, V); where the weight is 0 any such value does.
       weights_BT: [B, T] float32, 0 leaves a token out. Differentiable.
-      chunk: tokens whose logits are held at once, counted over all rows; at least one token a row is taken.
+      chunk: tokens whose logits are held at once, counted over all rows; at least one token a row is taken. None: 256
+        on CPU, else 1024.
       softcap: > 0, or None for none (Gemma 2).
       z_loss: >= 0, pulls the log-partition to 0 (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, section 5).
     Returns: `NllResult`.
@@ -72,7 +75,7 @@ def weighted_nll(
     >>> print(f"{result.total:.4f}")  # 2 * log(8)
     4.1589
     """
-    _check(hidden_BTD, head_DV, targets_BT, chunk, softcap)
+    chunk = _check(hidden_BTD, head_DV, targets_BT, chunk, softcap)
     if weights_BT.shape != targets_BT.shape:
         raise ValueError(
             f"weights have the shape {weights_BT.shape}, targets {targets_BT.shape}: give one weight a token"
@@ -89,7 +92,7 @@ def token_log_probs(
     head_DV: jax.Array,
     targets_BT: jax.Array,
     *,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
     """log p(target) of every token, differentiable with any cotangent; the backward pass makes the logits again.
@@ -102,21 +105,25 @@ def token_log_probs(
     >>> token_log_probs(jnp.ones((1, 2, 4)), jnp.zeros((4, 8)), jnp.array([[1, 2]])).round(4).tolist()
     [[-2.079400062561035, -2.079400062561035]]
     """
-    _check(hidden_BTD, head_DV, targets_BT, chunk, softcap)
+    chunk = _check(hidden_BTD, head_DV, targets_BT, chunk, softcap)
     return _log_probs(hidden_BTD, head_DV, targets_BT, _Options(chunk, softcap, 0.0))
 
 
-def _check(hidden_BTD, head_DV, targets_BT, chunk, softcap):
+def _check(hidden_BTD, head_DV, targets_BT, chunk, softcap) -> int:
+    """The chunk to use; raises ValueError for what does not fit."""
     if hidden_BTD.ndim != 3 or head_DV.ndim != 2 or hidden_BTD.shape[2] != head_DV.shape[0]:
         raise ValueError(f"hidden [B, T, D] and head [D, V] do not fit: {hidden_BTD.shape} and {head_DV.shape}")
     if targets_BT.shape != hidden_BTD.shape[:2]:
         raise ValueError(
             f"targets have the shape {targets_BT.shape}, hidden {hidden_BTD.shape}: give one target a token"
         )
+    if chunk is None:
+        chunk = CPU_CHUNK if jax.default_backend() == "cpu" else CHUNK
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be > 0, got {softcap}: None switches it off")
+    return chunk
 
 
 def _cut(x_BT, chunk: int):
@@ -139,25 +146,33 @@ def _logits(h_RD, head_DV, softcap):
     return logits_RV if softcap is None else softcap * jnp.tanh(logits_RV / softcap)
 
 
-def _is_target(logits_RV, targets_R):
-    return jax.lax.broadcasted_iota(jnp.int32, logits_RV.shape, 1) == targets_R[:, None]
+class _Measured(NamedTuple):
+    """Of one chunk: exp(logits - maximum) [R, V] and its sum; log-sum-exp, log p(target), whether it is the argmax."""
+
+    powers_RV: jax.Array
+    sum_R: jax.Array
+    lse_R: jax.Array
+    log_probs_R: jax.Array
+    correct_R: jax.Array
 
 
-def _measure(logits_RV, targets_R):
-    """log p(target), log-sum-exp and whether the target is the first maximum: [R] each."""
+def _measure(logits_RV, targets_R) -> _Measured:
     top_R = jnp.max(logits_RV, axis=1)
-    lse_R = top_R + jnp.log(jnp.sum(jnp.exp(logits_RV - top_R[:, None]), axis=1))
-    # A masked sum and not a gather: it stays local where the vocabulary lies on several devices.
-    target_R = jnp.sum(jnp.where(_is_target(logits_RV, targets_R), logits_RV, 0.0), axis=1)
-    index_RV = jax.lax.broadcasted_iota(jnp.int32, logits_RV.shape, 1)
-    first_R = jnp.min(jnp.where(logits_RV == top_R[:, None], index_RV, logits_RV.shape[1]), axis=1)
-    return target_R - lse_R, lse_R, first_R == targets_R
+    powers_RV = jnp.exp(logits_RV - top_R[:, None])
+    sum_R = jnp.sum(powers_RV, axis=1)
+    lse_R = top_R + jnp.log(sum_R)
+    # A gather: a masked sum writes and reads the chunk once more (docs/benchmarks/step.md).
+    target_R = jnp.take_along_axis(logits_RV, targets_R[:, None], axis=1)[:, 0]
+    earlier_RV = jax.lax.broadcasted_iota(targets_R.dtype, logits_RV.shape, 1) < targets_R[:, None]
+    as_high_R = jnp.any((logits_RV == top_R[:, None]) & earlier_RV, axis=1)
+    return _Measured(powers_RV, sum_R, lse_R, target_R - lse_R, (target_R >= top_R) & ~as_high_R)
 
 
-def _pull(logits_RV, lse_R, targets_R, spread_R, picked_R, softcap):
+def _pull(logits_RV, measured: _Measured, targets_R, spread_R, picked_R, softcap):
     """`spread * softmax - picked * onehot`, through the soft-cap: the gradient of the logits."""
-    spread_RV = spread_R[:, None] * jnp.exp(logits_RV - lse_R[:, None])
-    d_RV = spread_RV - jnp.where(_is_target(logits_RV, targets_R), picked_R[:, None], 0.0)
+    is_target_RV = jax.lax.broadcasted_iota(targets_R.dtype, logits_RV.shape, 1) == targets_R[:, None]
+    spread_RV = measured.powers_RV * (spread_R / measured.sum_R)[:, None]
+    d_RV = spread_RV - jnp.where(is_target_RV, picked_R[:, None], 0.0)
     return d_RV if softcap is None else d_RV * (1.0 - jnp.square(logits_RV / softcap))
 
 
@@ -179,12 +194,12 @@ def _scan_nll(hidden_BTD, head_DV, targets_BT, weights_BT, options: _Options, di
     def step(carry, part):
         h_RD, targets_R, weights_R = map(_rows, part)
         logits_RV = _logits(h_RD, cast_DV, options.softcap)
-        log_probs_R, lse_R, correct_R = _measure(logits_RV, targets_R)
-        outputs = [x.reshape(part[1].shape) for x in (log_probs_R, lse_R, correct_R)]
+        measured = _measure(logits_RV, targets_R)
+        outputs = [x.reshape(part[1].shape) for x in (measured.log_probs_R, measured.lse_R, measured.correct_R)]
         if not differentiate:
             return carry, (outputs, None)
-        spread_R = weights_R * (1.0 + 2.0 * options.z_loss * lse_R)
-        d_RV = _pull(logits_RV, lse_R, targets_R, spread_R, weights_R, options.softcap)
+        spread_R = weights_R * (1.0 + 2.0 * options.z_loss * measured.lse_R)
+        d_RV = _pull(logits_RV, measured, targets_R, spread_R, weights_R, options.softcap)
         d_h_RD, d_head_DV = _backward_products(h_RD, cast_DV, d_RV)
         return carry + d_head_DV, (outputs, d_h_RD.reshape(part[0].shape))
 
@@ -224,34 +239,34 @@ def _scan_log_probs(hidden_BTD, head_DV, targets_BT, options: _Options):
 
     def step(_, part):
         h_RD, targets_R = map(_rows, part)
-        log_probs_R, lse_R, _ = _measure(_logits(h_RD, cast_DV, options.softcap), targets_R)
-        return None, (log_probs_R.reshape(part[1].shape), lse_R.reshape(part[1].shape))
+        measured = _measure(_logits(h_RD, cast_DV, options.softcap), targets_R)
+        return None, measured.log_probs_R.reshape(part[1].shape)
 
-    _, outputs = jax.lax.scan(step, None, (_cut(hidden_BTD, options.chunk), _cut(targets_BT, options.chunk)))
-    return tuple(_join(x, targets_BT.shape[1]) for x in outputs)
+    _, log_probs_CBS = jax.lax.scan(step, None, (_cut(hidden_BTD, options.chunk), _cut(targets_BT, options.chunk)))
+    return _join(log_probs_CBS, targets_BT.shape[1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _log_probs(hidden_BTD, head_DV, targets_BT, options):
-    return _scan_log_probs(hidden_BTD, head_DV, targets_BT, options)[0]
+    return _scan_log_probs(hidden_BTD, head_DV, targets_BT, options)
 
 
 def _log_probs_forward(hidden_BTD, head_DV, targets_BT, options):
-    log_probs_BT, lse_BT = _scan_log_probs(hidden_BTD, head_DV, targets_BT, options)
-    return log_probs_BT, (hidden_BTD, head_DV, targets_BT, lse_BT)
+    return _scan_log_probs(hidden_BTD, head_DV, targets_BT, options), (hidden_BTD, head_DV, targets_BT)
 
 
 def _log_probs_backward(options, residuals, cotangent_BT):
-    hidden_BTD, head_DV, targets_BT, lse_BT = residuals
+    hidden_BTD, head_DV, targets_BT = residuals
     cast_DV = head_DV.astype(hidden_BTD.dtype)
 
     def step(carry, part):
-        h_RD, targets_R, lse_R, g_R = map(_rows, part)
-        d_RV = _pull(_logits(h_RD, cast_DV, options.softcap), lse_R, targets_R, -g_R, -g_R, options.softcap)
+        h_RD, targets_R, g_R = map(_rows, part)
+        logits_RV = _logits(h_RD, cast_DV, options.softcap)
+        d_RV = _pull(logits_RV, _measure(logits_RV, targets_R), targets_R, -g_R, -g_R, options.softcap)
         d_h_RD, d_head_DV = _backward_products(h_RD, cast_DV, d_RV)
         return carry + d_head_DV, d_h_RD.reshape(part[0].shape)
 
-    parts = tuple(_cut(x, options.chunk) for x in (hidden_BTD, targets_BT, lse_BT, cotangent_BT))
+    parts = tuple(_cut(x, options.chunk) for x in (hidden_BTD, targets_BT, cotangent_BT))
     d_head_DV, d_hidden_CBSD = jax.lax.scan(step, jnp.zeros(head_DV.shape, jnp.float32), parts)
     return _join(d_hidden_CBSD, targets_BT.shape[1]), d_head_DV.astype(head_DV.dtype), None
 

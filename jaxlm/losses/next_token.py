@@ -7,7 +7,7 @@ B rows, T tokens, D width, V vocabulary, K tasks.
 import jax
 import jax.numpy as jnp
 
-from jaxlm.kernels.cross_entropy import CHUNK, NllResult, weighted_nll
+from jaxlm.kernels.cross_entropy import NllResult, weighted_nll
 from jaxlm.losses.term import Term
 
 
@@ -44,7 +44,7 @@ def next_token_terms(
     num_tasks: int,
     softcap: float | None = None,
     z_loss: float = 0.0,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> dict[str, Term]:
     """Cross-entropy of every weighted token given those before it in its segment.
 

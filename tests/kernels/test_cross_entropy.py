@@ -154,6 +154,18 @@ def test_eight_devices_equal_one_and_hidden_states_stay_put():
     assert "all-gather" not in step.lower(*placed).compile().as_text()
 
 
+def test_a_divided_vocabulary_equals_a_whole_one_and_logits_stay_put():
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    hidden, head, targets, weights = make_inputs(0, 4, 24, 16, 512)
+    by_row = NamedSharding(mesh, P("data"))
+    placed = [jax.device_put(x, by_row) for x in (hidden, targets, weights)]
+    placed.insert(1, jax.device_put(head, NamedSharding(mesh, P(None, "tensor"))))
+    step = jax.jit(jax.value_and_grad(lambda *x: weighted_nll(*x, chunk=64).total, (0, 1)))
+    assert_same(step(*placed), step(hidden, head, targets, weights))
+    gathers = [line for line in step.lower(*placed).compile().as_text().splitlines() if " all-gather" in line]
+    assert not [line for line in gathers if ",512]" in line.split("all-gather")[0]], "logits or head are gathered"
+
+
 def test_shapes_that_do_not_fit_are_refused():
     hidden, head, targets, weights = make_inputs()
     for arguments, message in [
