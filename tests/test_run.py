@@ -90,8 +90,8 @@ def test_adapters_are_merged_and_the_drift_of_the_merge_is_reported(tmp_path):
     shapes = jax.eval_shape(result.model.init, jax.random.key(0))
     assert jax.tree.structure(shapes) == jax.tree.structure(result.params)
     assert result.after["loss"] < result.before["loss"]
-    finish = [line for line in read_metrics(tmp_path) if line.get("name") == "finish"]
-    assert len(finish) == 1 and 0 <= finish[0]["logit_drift"] < 1e-4
+    merge = [line for line in read_metrics(tmp_path) if line.get("name") == "merge"]
+    assert len(merge) == 1 and 0 <= merge[0]["logit_drift"] < 1e-4
 
 
 def test_a_directory_with_a_run_of_another_config_is_refused(finished):

@@ -3,14 +3,17 @@
 
 import dataclasses
 
+import jax
+
 from jaxlm.losses.next_token import next_token_terms
 from jaxlm.nn.config import Lora
 from jaxlm.nn.decoder import Model
-from jaxlm.nn.lora import add_lora, merge_lora
+from jaxlm.nn.lora import adapted, add_lora, merge_drift, merge_lora
 from jaxlm.train.job import Job
+from jaxlm.train.mesh import rows
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.options import AdamW
-from jaxlm.train.phase import Phase, unchanged
+from jaxlm.train.phase import Phase
 from jaxlm.transforms.frozen import freeze
 
 ADAPTERS_ONLY = ((r".*/lora_[ab]", "trained"), (r".*", "frozen"))
@@ -33,9 +36,7 @@ class Sft:
 
     def model(self, model: Model) -> Model:
         """The model that this method trains: with the adapters' scale when there are adapters."""
-        if self.lora is None:
-            return model
-        return dataclasses.replace(model, config=dataclasses.replace(model.config, adapter_scale=self.lora.scale))
+        return model if self.lora is None else adapted(model, self.lora)
 
     def phase(self, model: Model, *, num_tasks: int, steps: int) -> Phase:
         """SFT as a phase; other methods replace its slots.
@@ -71,10 +72,16 @@ class Sft:
         )
 
     def run(self, job: Job):
-        """Trains on the job's mixture and returns the parameters, adapters merged."""
+        """Trains on the job's mixture; returns the parameters, adapters merged, and reports the merge's drift."""
         model = self.model(job.model)
         phase = self.phase(model, num_tasks=len(job.task_names), steps=job.options.steps)
         state = job.train(phase, model=model)
-        if phase.finish is unchanged:
+        if self.lora is None:
             return state.params
-        return job.finish(phase, model, state.params)
+        merged = jax.jit(phase.finish)(state.params)
+        # A few tokens of every held-out row: enough to see a drift, and never all logits of a batch.
+        tokens = next(iter(job.held_out()))["tokens"][:, :16]
+        tokens = jax.make_array_from_process_local_data(rows(job.mesh), tokens)
+        drift = merge_drift(model, state.params, merged, tokens)
+        job.reporter.event("merge", step=job.options.steps, logit_drift=float(drift))
+        return merged

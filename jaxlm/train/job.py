@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxlm.nn.decoder import Model
 from jaxlm.train.held_out import evaluate
 from jaxlm.train.loop import train
-from jaxlm.train.mesh import rows
 from jaxlm.train.options import RunOptions
 from jaxlm.train.phase import Params, Phase
 from jaxlm.train.state import State
@@ -82,20 +80,3 @@ class Job:
             task_names=self.task_names,
             config=dataclasses.asdict(trained.config),
         )
-
-    def finish(self, phase: Phase, model: Model, params: Params) -> Params:
-        """Applies `phase.finish` and reports the largest change of a held-out logit that it caused, in nats."""
-        finished = jax.jit(phase.finish)(params)
-        batch = next(iter(self.held_out()))
-        # A few tokens of every row: enough to see a drift, and never all logits of a batch.
-        tokens, positions, segment_ids = (
-            jax.make_array_from_process_local_data(rows(self.mesh), batch[name][:, :16])
-            for name in ("tokens", "positions", "segment_ids")
-        )
-
-        def logits(model: Model, params: Params) -> jax.Array:
-            return model.logits(params, model.apply(params, tokens, positions=positions, segment_ids=segment_ids))
-
-        drift = jax.jit(lambda old, new: jnp.max(jnp.abs(logits(model, old) - logits(self.model, new))))
-        self.reporter.event("finish", logit_drift=float(drift(params, finished)))
-        return finished
