@@ -2,6 +2,7 @@
 """Supervised fine-tuning: the phase every other method differs from, with or without low-rank adapters."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -9,12 +10,14 @@ from jaxlm.losses.next_token import next_token_terms
 from jaxlm.nn.config import Lora
 from jaxlm.nn.decoder import Model
 from jaxlm.nn.lora import adapted, add_lora, merge_drift, merge_lora
-from jaxlm.train.job import Job
 from jaxlm.train.mesh import rows
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.options import AdamW
 from jaxlm.train.phase import Phase
 from jaxlm.transforms.frozen import freeze
+
+if TYPE_CHECKING:  # a phase in someone else's loop needs neither the loop nor Orbax: 0.2 GiB
+    from jaxlm.train.job import Job
 
 ADAPTERS_ONLY = ((r".*/lora_[ab]", "trained"), (r".*", "frozen"))
 
@@ -71,7 +74,7 @@ class Sft:
             finish=lambda params: merge_lora(params, lora.scale),
         )
 
-    def run(self, job: Job):
+    def run(self, job: "Job"):
         """Trains on the job's mixture; returns the parameters, adapters merged, and reports the merge's drift."""
         model = self.model(job.model)
         phase = self.phase(model, num_tasks=len(job.task_names), steps=job.options.steps)
