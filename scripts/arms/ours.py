@@ -72,4 +72,5 @@ def build(shape: Shape):
         state[0], metrics = jax.block_until_ready(compiled(state[0], batch))
         return float(metrics["loss"])
 
-    return jax.jit(lambda tokens: model.logits(state[0].params, model.apply(state[0].params, tokens))), step
+    probe = jax.jit(lambda params, tokens: model.logits(params, model.apply(params, tokens)))
+    return lambda tokens: probe(state[0].params, tokens), step

@@ -76,4 +76,5 @@ def build(shape: Shape):
         state[0], state[1], loss = jax.block_until_ready(compiled(*state, tokens))
         return float(loss)
 
-    return jax.jit(lambda tokens: logits(state[0], tokens, shape)), step
+    probe = jax.jit(lambda params, tokens: logits(params, tokens, shape))
+    return lambda tokens: probe(state[0], tokens), step

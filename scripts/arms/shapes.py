@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 LEARNING_RATE, B1, B2, EPSILON, DECAY = 1e-4, 0.9, 0.999, 1e-8, 0.01  # of AdamW in every arm; no clipping
-NORM_EPSILON, ROPE_BASE = 1e-6, 10_000.0
+NORM_EPSILON = 1e-6
+ROPE_BASE = 1_000_000.0  # google-tunix 0.1.7 rotates with this one, whatever its config says
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
