@@ -6,6 +6,7 @@ Standard library only, so that `--help` answers at once.
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -42,10 +43,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def call(main: Callable[[], int | None]) -> NoReturn:
-    """Runs `main` and exits: ValueError, which is the user's to mend, as one line on stderr with code 2."""
+    """Runs `main` and exits: ValueError and OSError, the user's to mend, as one line on stderr with code 2."""
+    # Without it transformers tells everyone who has no torch to install it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         code = main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = USER_ERROR
     except KeyboardInterrupt:
