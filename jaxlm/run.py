@@ -22,7 +22,7 @@ from jaxlm.nn.axes import logical_axes
 from jaxlm.nn.decoder import Model
 from jaxlm.nn.flops import model_flops
 from jaxlm.train.job import Job
-from jaxlm.train.mesh import check_rows, constrainer, make_mesh, shardings
+from jaxlm.train.mesh import check_rows, constrainer, make_mesh, row_devices, shardings
 from jaxlm.train.page import write_page
 from jaxlm.train.phase import Params
 from jaxlm.train.reporter import SILENT, Reporter, RunReporter
@@ -153,7 +153,7 @@ def load_model(config: RunConfig, mesh: Mesh, *, vocabulary: int) -> tuple[Model
     if params is None:
         key = jax.random.key(config.run.seed)
         params = jax.jit(model.init, out_shardings=place(jax.eval_shape(model.init, key)))(key)
-    return Model(model.config, constrain=constrainer(mesh)), params
+    return Model(model.config, constrain=constrainer(mesh), row_groups=row_devices(mesh)), params
 
 
 def _find_prepared(config: RunConfig, split: str) -> Prepared:

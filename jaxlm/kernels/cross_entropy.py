@@ -2,7 +2,8 @@
 """Log-probabilities of given tokens without ever holding the logits of all of them.
 
 Tokens go through the head in chunks along T, so that a batch whose rows lie on several devices stays where it is.
-B rows, T tokens of a row, C chunks, S tokens of a row in a chunk, R = B*S tokens of a chunk, D width, V vocabulary.
+B rows, T tokens of a row, C chunks, S tokens of a row in a chunk, R = B*S tokens of a chunk, G groups of rows,
+D width, V vocabulary.
 """
 
 import math
@@ -12,8 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Tokens whose logits are held at once, over all rows and devices. On CPU as many as its caches like
-# (docs/benchmarks/step.md); accelerators want taller products.
+# Tokens of a group of rows whose logits are held at once. On CPU as many as its caches like (docs/benchmarks/step.md);
+# accelerators want taller products.
 CHUNK, CPU_CHUNK = 1024, 256
 
 
@@ -39,6 +40,7 @@ class _Options(NamedTuple):
     chunk: int
     softcap: float | None
     z_loss: float
+    groups: int
 
 
 def weighted_nll(
@@ -50,6 +52,7 @@ def weighted_nll(
     chunk: int | None = None,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    groups: int = 1,
 ) -> NllResult:
     """Weighted negative log-likelihood of the targets; the gradient is made in the forward pass, nothing is recomputed.
 
@@ -64,10 +67,12 @@ def weighted_nll(
       head_DV: [D, V], any float; cast to the dtype of `hidden`, its gradient is summed in float32.
       targets_BT: [B, T] int32 in [0, V); where the weight is 0 any such value does.
       weights_BT: [B, T] float32, 0 leaves a token out. Differentiable.
-      chunk: tokens whose logits are held at once, counted over all rows; at least one token a row is taken. None: 256
-        on CPU, else 1024.
+      chunk: tokens whose logits are held at once, counted over the rows of a group; at least one token a row is taken.
+        None: 256 on CPU, else 1024.
       softcap: > 0, or None for none (Gemma 2).
       z_loss: >= 0, pulls the log-partition to 0 (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, section 5).
+      groups: consecutive rows are cut into that many, and the head's gradient is summed apart in each: with a group a
+        device it crosses devices once, and not once a chunk. Divides B.
     Returns: `NllResult`.
     Raises: ValueError for shapes that do not fit or numbers out of range.
 
@@ -75,14 +80,14 @@ def weighted_nll(
     >>> print(f"{result.total:.4f}")  # 2 * log(8)
     4.1589
     """
-    chunk = _check(hidden_BTD, head_DV, targets_BT, chunk, softcap)
+    chunk = _check(hidden_BTD, head_DV, targets_BT, chunk, softcap, groups)
     if weights_BT.shape != targets_BT.shape:
         raise ValueError(
             f"weights have the shape {weights_BT.shape}, targets {targets_BT.shape}: give one weight a token"
         )
     if z_loss < 0:
         raise ValueError(f"z_loss must be >= 0, got {z_loss}: a negative one drives the log-partition away from 0")
-    options = _Options(chunk, softcap, z_loss)
+    options = _Options(chunk, softcap, z_loss, groups)
     total, (z_total, log_probs_BT, correct_BT) = _nll(hidden_BTD, head_DV, targets_BT, weights_BT, options)
     return NllResult(total, *jax.lax.stop_gradient((z_total, log_probs_BT)), correct_BT)
 
@@ -94,6 +99,7 @@ def token_log_probs(
     *,
     chunk: int | None = None,
     softcap: float | None = None,
+    groups: int = 1,
 ) -> jax.Array:
     """log p(target) of every token, differentiable with any cotangent; the backward pass makes the logits again.
 
@@ -105,11 +111,11 @@ def token_log_probs(
     >>> token_log_probs(jnp.ones((1, 2, 4)), jnp.zeros((4, 8)), jnp.array([[1, 2]])).round(4).tolist()
     [[-2.079400062561035, -2.079400062561035]]
     """
-    chunk = _check(hidden_BTD, head_DV, targets_BT, chunk, softcap)
-    return _log_probs(hidden_BTD, head_DV, targets_BT, _Options(chunk, softcap, 0.0))
+    chunk = _check(hidden_BTD, head_DV, targets_BT, chunk, softcap, groups)
+    return _log_probs(hidden_BTD, head_DV, targets_BT, _Options(chunk, softcap, 0.0, groups))
 
 
-def _check(hidden_BTD, head_DV, targets_BT, chunk, softcap) -> int:
+def _check(hidden_BTD, head_DV, targets_BT, chunk, softcap, groups) -> int:
     """The chunk to use; raises ValueError for what does not fit."""
     if hidden_BTD.ndim != 3 or head_DV.ndim != 2 or hidden_BTD.shape[2] != head_DV.shape[0]:
         raise ValueError(f"hidden [B, T, D] and head [D, V] do not fit: {hidden_BTD.shape} and {head_DV.shape}")
@@ -123,13 +129,15 @@ def _check(hidden_BTD, head_DV, targets_BT, chunk, softcap) -> int:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be > 0, got {softcap}: None switches it off")
+    if groups < 1 or hidden_BTD.shape[0] % groups:
+        raise ValueError(f"groups must be at least 1 and divide the {hidden_BTD.shape[0]} rows, got {groups}")
     return chunk
 
 
-def _cut(x_BT, chunk: int):
+def _cut(x_BT, options: _Options):
     """[B, T, ...] -> [C, B, S, ...], the tail padded with zeros."""
     rows, length = x_BT.shape[:2]
-    count = math.ceil(length / max(1, chunk // rows))
+    count = math.ceil(length / max(1, options.chunk * options.groups // rows))
     size = math.ceil(length / count)
     padded = jnp.pad(x_BT, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x_BT.ndim - 2))
     return jnp.moveaxis(padded.reshape(rows, count, size, *x_BT.shape[2:]), 1, 0)
@@ -181,11 +189,25 @@ def _rows(part):
     return part.reshape(-1, *part.shape[2:])
 
 
-def _backward_products(h_RD, head_DV, d_RV):
-    """(d_hidden [R, D], d_head [D, V] float32); on CPU rows as the one contracted dimension are the fast path."""
+def _backward_products(h_RD, head_DV, d_RV, groups: int):
+    """d_hidden [R, D], and d_head [D, V] float32 or, with groups, [G, D, V], to be summed when all chunks are done."""
     d_RV = d_RV.astype(h_RD.dtype)
     d_h_RD = jnp.dot(d_RV, head_DV.T, preferred_element_type=jnp.float32)
-    return d_h_RD.astype(h_RD.dtype), jnp.dot(h_RD.T, d_RV, preferred_element_type=jnp.float32)
+    if groups == 1:  # on CPU rows as the one contracted dimension are the fast path
+        d_head = jnp.dot(h_RD.T, d_RV, preferred_element_type=jnp.float32)
+    else:
+        h_GRD, d_GRV = (x.reshape(groups, -1, x.shape[1]) for x in (h_RD, d_RV))
+        d_head = jnp.einsum("GRD,GRV->GDV", h_GRD, d_GRV, preferred_element_type=jnp.float32)
+    return d_h_RD.astype(h_RD.dtype), d_head
+
+
+def _zeros(head_DV, groups: int):
+    return jnp.zeros(head_DV.shape if groups == 1 else (groups, *head_DV.shape), jnp.float32)
+
+
+def _whole(d_head, head_DV):
+    """The gradient of the head, its groups summed."""
+    return (d_head if d_head.ndim == 2 else jnp.sum(d_head, axis=0)).astype(head_DV.dtype)
 
 
 def _scan_nll(hidden_BTD, head_DV, targets_BT, weights_BT, options: _Options, differentiate: bool):
@@ -200,20 +222,20 @@ def _scan_nll(hidden_BTD, head_DV, targets_BT, weights_BT, options: _Options, di
             return carry, (outputs, None)
         spread_R = weights_R * (1.0 + 2.0 * options.z_loss * measured.lse_R)
         d_RV = _pull(logits_RV, measured, targets_R, spread_R, weights_R, options.softcap)
-        d_h_RD, d_head_DV = _backward_products(h_RD, cast_DV, d_RV)
-        return carry + d_head_DV, (outputs, d_h_RD.reshape(part[0].shape))
+        d_h_RD, d_head = _backward_products(h_RD, cast_DV, d_RV, options.groups)
+        return carry + d_head, (outputs, d_h_RD.reshape(part[0].shape))
 
-    parts = tuple(_cut(x, options.chunk) for x in (hidden_BTD, targets_BT, weights_BT.astype(jnp.float32)))
-    zeros_DV = jnp.zeros(head_DV.shape, jnp.float32) if differentiate else None
-    d_head_DV, (outputs, d_hidden_CBSD) = jax.lax.scan(step, zeros_DV, parts)
+    parts = tuple(_cut(x, options) for x in (hidden_BTD, targets_BT, weights_BT.astype(jnp.float32)))
+    zeros = _zeros(head_DV, options.groups) if differentiate else None
+    d_head, (outputs, d_hidden_CBSD) = jax.lax.scan(step, zeros, parts)
     log_probs_BT, lse_BT, correct_BT = (_join(x, targets_BT.shape[1]) for x in outputs)
     square_BT = jnp.square(lse_BT)
     cost_BT = options.z_loss * square_BT - log_probs_BT
     z_total = jnp.sum(weights_BT * square_BT)
     result = jnp.sum(weights_BT * cost_BT), (z_total, log_probs_BT, correct_BT)
-    if d_head_DV is None:
+    if d_head is None:
         return result, None
-    return result, (_join(d_hidden_CBSD, targets_BT.shape[1]), d_head_DV.astype(head_DV.dtype), cost_BT)
+    return result, (_join(d_hidden_CBSD, targets_BT.shape[1]), _whole(d_head, head_DV), cost_BT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -242,7 +264,7 @@ def _scan_log_probs(hidden_BTD, head_DV, targets_BT, options: _Options):
         measured = _measure(_logits(h_RD, cast_DV, options.softcap), targets_R)
         return None, measured.log_probs_R.reshape(part[1].shape)
 
-    _, log_probs_CBS = jax.lax.scan(step, None, (_cut(hidden_BTD, options.chunk), _cut(targets_BT, options.chunk)))
+    _, log_probs_CBS = jax.lax.scan(step, None, (_cut(hidden_BTD, options), _cut(targets_BT, options)))
     return _join(log_probs_CBS, targets_BT.shape[1])
 
 
@@ -263,12 +285,12 @@ def _log_probs_backward(options, residuals, cotangent_BT):
         h_RD, targets_R, g_R = map(_rows, part)
         logits_RV = _logits(h_RD, cast_DV, options.softcap)
         d_RV = _pull(logits_RV, _measure(logits_RV, targets_R), targets_R, -g_R, -g_R, options.softcap)
-        d_h_RD, d_head_DV = _backward_products(h_RD, cast_DV, d_RV)
-        return carry + d_head_DV, d_h_RD.reshape(part[0].shape)
+        d_h_RD, d_head = _backward_products(h_RD, cast_DV, d_RV, options.groups)
+        return carry + d_head, d_h_RD.reshape(part[0].shape)
 
-    parts = tuple(_cut(x, options.chunk) for x in (hidden_BTD, targets_BT, cotangent_BT))
-    d_head_DV, d_hidden_CBSD = jax.lax.scan(step, jnp.zeros(head_DV.shape, jnp.float32), parts)
-    return _join(d_hidden_CBSD, targets_BT.shape[1]), d_head_DV.astype(head_DV.dtype), None
+    parts = tuple(_cut(x, options) for x in (hidden_BTD, targets_BT, cotangent_BT))
+    d_head, d_hidden_CBSD = jax.lax.scan(step, _zeros(head_DV, options.groups), parts)
+    return _join(d_hidden_CBSD, targets_BT.shape[1]), _whole(d_head, head_DV), None
 
 
 _log_probs.defvjp(_log_probs_forward, _log_probs_backward)

@@ -4,6 +4,8 @@
 B rows, T tokens, D width, V vocabulary, K tasks.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -22,7 +24,7 @@ def target_weights(loss_weights_BT: jax.Array, segment_ids_BT: jax.Array) -> jax
 
 
 def score_tokens(
-    hidden_BTD: jax.Array, head_DV: jax.Array, tokens_BT: jax.Array, weights_BT: jax.Array, **options
+    hidden_BTD: jax.Array, head_DV: jax.Array, tokens_BT: jax.Array, weights_BT: jax.Array, **options: Any
 ) -> NllResult:
     """`weighted_nll` of each token given the hidden state BEFORE it; entry t of every [B, T] result is about token t.
 
@@ -45,6 +47,7 @@ def next_token_terms(
     softcap: float | None = None,
     z_loss: float = 0.0,
     chunk: int | None = None,
+    groups: int = 1,
 ) -> dict[str, Term]:
     """Cross-entropy of every weighted token given those before it in its segment.
 
@@ -57,7 +60,7 @@ def next_token_terms(
       batch: `tokens`, `loss_weights`, `segment_ids`, `task_ids`, all [B, T]; `loss_weights[b, t]` is the weight of
         token t as a target.
       num_tasks: K; `task_ids` lie in [0, K).
-      softcap, z_loss, chunk: see `weighted_nll`.
+      softcap, z_loss, chunk, groups: see `weighted_nll`.
     Returns: "loss" in nats; metrics "loss_by_task" (vectors [K]) and "accuracy" (share of the weight whose token is
       the argmax); with `z_loss` > 0 also "z_loss", the mean squared log-partition, with that coefficient. All share
       one weight, so the gradient of "z_loss" travels with "loss", where one pass through the head makes both.
@@ -69,7 +72,8 @@ def next_token_terms(
     2.0794 over 1
     """
     weights_BT = target_weights(batch["loss_weights"], batch["segment_ids"])
-    result = score_tokens(hidden_BTD, head_DV, batch["tokens"], weights_BT, softcap=softcap, z_loss=z_loss, chunk=chunk)
+    options = {"softcap": softcap, "z_loss": z_loss, "chunk": chunk, "groups": groups}
+    result = score_tokens(hidden_BTD, head_DV, batch["tokens"], weights_BT, **options)
     weight = jnp.sum(weights_BT)
     nll_BT = -weights_BT * result.log_probs_BT
     # The value of the likelihood alone, with the gradient of both parts.

@@ -61,6 +61,7 @@ class Sft:
                 num_tasks=num_tasks,
                 softcap=model.config.logit_softcap,
                 z_loss=self.z_loss,
+                groups=model.row_groups,
             )
 
         tx = make_optimizer(self.optimizer, steps)

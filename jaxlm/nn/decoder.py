@@ -38,7 +38,8 @@ class Model:
     Attributes:
       config: what distinguishes this decoder.
       constrain: `(array, logical names) -> array`, places activations on a mesh; called on what enters and leaves
-        every layer.
+        every layer, and on the head.
+      row_groups: devices that the rows of a batch are divided over; losses keep their sums apart by it until the end.
 
     >>> model = Model(ModelConfig(vocab_size=11, width=8, num_layers=2, num_heads=2))
     >>> params = model.init(jax.random.key(0))
@@ -49,6 +50,7 @@ class Model:
 
     config: ModelConfig
     constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = anywhere
+    row_groups: int = 1
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Random float32 parameters; `jax.eval_shape(model.init, key)` gives their shapes."""
@@ -91,11 +93,14 @@ class Model:
     def head(self, params: Params) -> jax.Array:
         """The output projection [D, V], float32: the embedding's transpose when tied; an adapter is added in."""
         if self.config.tied:
-            return params["embed"]["table"].T
-        p = params["head"]
-        if "lora_a" in p:
-            return p["kernel"] + self.config.adapter_scale * (p["lora_a"] @ p["lora_b"])
-        return p["kernel"]
+            head = params["embed"]["table"].T
+        else:
+            p = params["head"]
+            head = p["kernel"]
+            if "lora_a" in p:
+                head = head + self.config.adapter_scale * (p["lora_a"] @ p["lora_b"])
+        # Gathered along D once, not in every chunk of a loss.
+        return self.constrain(head, (None, "vocab"))
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """[..., D] to [..., V] float32, soft-capped where configured.

@@ -74,7 +74,8 @@ def _sums(model: Model, num_tasks: int, mesh: jax.sharding.Mesh | None, params: 
     tokens_BT, segment_ids_BT = batch["tokens"], batch["segment_ids"]
     hidden_BTD = model.apply(params, tokens_BT, positions=batch["positions"], segment_ids=segment_ids_BT)
     weights_BT = target_weights(batch["loss_weights"], segment_ids_BT)
-    scores = score_tokens(hidden_BTD, model.head(params), tokens_BT, weights_BT, softcap=model.config.logit_softcap)
+    options = {"softcap": model.config.logit_softcap, "groups": model.row_groups}
+    scores = score_tokens(hidden_BTD, model.head(params), tokens_BT, weights_BT, **options)
     counted_BT = weights_BT > 0
     missed_BT = counted_BT & ~scores.correct_BT
 

@@ -114,9 +114,14 @@ def constrainer(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax
     return lambda x, names: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names)))
 
 
+def row_devices(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are divided; the others hold parts of the same rows' work."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def check_rows(mesh: Mesh, batch_size: int, micro_batches: int = 1) -> None:
     """Raises ValueError unless every device gets the same number of rows in every micro-batch."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    devices = row_devices(mesh)
     if micro_batches < 1:
         raise ValueError(f"micro_batches must be at least 1, got {micro_batches}")
     if batch_size < 1 or batch_size % (devices * micro_batches):

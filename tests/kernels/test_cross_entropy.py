@@ -154,6 +154,32 @@ def test_eight_devices_equal_one_and_hidden_states_stay_put():
     assert "all-gather" not in step.lower(*placed).compile().as_text()
 
 
+@pytest.mark.parametrize("score", ["nll", "log_probs"])
+def test_with_a_group_a_device_the_gradient_of_the_head_crosses_devices_once(score):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    inputs = make_inputs(0, 16, 24, 32, 64)
+    by_row = NamedSharding(mesh, P("data"))
+    placed = [jax.device_put(x, NamedSharding(mesh, P()) if x is inputs[1] else by_row) for x in inputs]
+
+    def slope(groups):
+        def value(hidden, head, targets, weights):
+            if score == "nll":
+                return weighted_nll(hidden, head, targets, weights, chunk=8, groups=groups).total
+            return jnp.sum(weights * token_log_probs(hidden, head, targets, chunk=8, groups=groups))
+
+        return jax.jit(jax.grad(value, (0, 1)))
+
+    assert_same(slope(8)(*placed), slope(1)(*inputs))
+
+    def reductions(groups):
+        program = slope(groups).lower(*placed).compile().as_text()
+        bodies = [part for part in program.split("\n\n") if not part.lstrip().startswith("ENTRY")]
+        return sum("f32[32,64]" in line and "all-reduce(" in line for part in bodies for line in part.splitlines())
+
+    assert reductions(1) > 0, "this test looks for the wrong thing"
+    assert reductions(8) == 0
+
+
 def test_a_divided_vocabulary_equals_a_whole_one_and_logits_stay_put():
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     hidden, head, targets, weights = make_inputs(0, 4, 24, 16, 512)
@@ -176,6 +202,11 @@ def test_shapes_that_do_not_fit_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             weighted_nll(*arguments)
-    for options, message in [({"chunk": 0}, "at least 1"), ({"softcap": 0.0}, "> 0"), ({"z_loss": -1.0}, ">= 0")]:
+    for options, message in [
+        ({"chunk": 0}, "at least 1"),
+        ({"softcap": 0.0}, "> 0"),
+        ({"z_loss": -1.0}, ">= 0"),
+        ({"groups": 2}, "divide the 3 rows"),
+    ]:
         with pytest.raises(ValueError, match=message):
             weighted_nll(hidden, head, targets, weights, **options)
