@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Killed at any moment and started again, a run ends in the same bits.
 
-JAXLM_KILLS sets how often (default 3, the issue's long form is 10).
+JAXLM_KILLS sets how often (default 3; 10 is the long form).
 """
 
 import os
