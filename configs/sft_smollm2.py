@@ -7,7 +7,9 @@
   python scripts/train.py configs/sft_smollm2.py
 
 The exercises come from the generators of reasoning-gym, as chats in the model's own template; the loss is on the
-answer and its end-of-turn mark. On an accelerator: model.dtype=bfloat16 run.batch_size=32 run.steps=500.
+answer and its end-of-turn mark. On two quiet CPU cores 190 tokens a second, about eight minutes in all, 7.6 GiB;
+held-out loss falls from 3.0 to 1.0, 5.5 to 1.5 and 2.9 to 0.9 (docs/results.md).
+On an accelerator: model.dtype=bfloat16 run.batch_size=32 run.steps=500.
 """
 
 from jaxlm.config import Pretrained, RunConfig
