@@ -62,7 +62,8 @@ def test_a_model_over_eight_devices_equals_one_device():
 
     def constrain(x, names):
         seen.append(names)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(("data", "fsdp"), None, None)))
+        partition = {"batch": ("data", "fsdp"), "vocab": "tensor"}
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*(partition.get(name) for name in names))))
 
     one, many = Model(CONFIG), Model(CONFIG, constrain)
     params = jax.jit(one.init)(jax.random.key(0))
@@ -85,5 +86,5 @@ def test_a_model_over_eight_devices_equals_one_device():
     rows = jax.device_put(batch, NamedSharding(mesh, P(("data", "fsdp"), None)))
     result = jax.block_until_ready(step(many)(spread, rows))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), result, expected)
-    assert set(seen) == {("batch", "length", "embed")}
+    assert set(seen) == {("batch", "length", "embed"), (None, "vocab")}, "the residual stream, and the head"
     assert spread["blocks"]["mlp"]["up"]["kernel"].addressable_shards[0].data.shape == (2, 8, 12)
