@@ -37,7 +37,11 @@ def open_source(source: Source) -> Reader:
     return _READERS[type(source)](source)
 
 
-def _json_lines(source: JsonLines) -> Reader:
+_BLANK = object()  # a place without a record: it counts, so that places stay line numbers
+
+
+def _by_file(source: JsonLines | Parquet, unit: str, read: Callable[[str], Iterator[Any]]) -> Reader:
+    """The records of all files, one file after the other; `unit` names a place in a file."""
     paths = _files(source.path)
     places: list[Place] = []
 
@@ -45,14 +49,22 @@ def _json_lines(source: JsonLines) -> Reader:
         places.clear()
         index = 0
         for path in paths:
-            places.append(Place(index, path, "line"))
-            with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as lines:
-                for line in lines:
-                    if line.strip():
-                        yield index, _renamed(_parsed(line), source.fields)
-                    index += 1
+            places.append(Place(index, path, unit))
+            for record in read(path):
+                if record is not _BLANK:
+                    yield index, _renamed(record, source.fields)
+                index += 1
 
     return Reader({**_definition(source), "files": [_sha256(path) for path in paths]}, records, places)
+
+
+def _json_lines(source: JsonLines) -> Reader:
+    def read(path: str) -> Iterator[Any]:
+        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as lines:
+            for line in lines:
+                yield _parsed(line) if line.strip() else _BLANK
+
+    return _by_file(source, "line", read)
 
 
 def _parsed(line: bytes) -> Any:
@@ -63,21 +75,12 @@ def _parsed(line: bytes) -> Any:
 
 
 def _parquet(source: Parquet) -> Reader:
-    paths = _files(source.path)
-    places: list[Place] = []
+    def read(path: str) -> Iterator[Any]:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
 
-    def records() -> Numbered:
-        places.clear()
-        index = 0
-        for path in paths:
-            places.append(Place(index, path, "row"))
-            with pyarrow.parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches():
-                    for record in batch.to_pylist():
-                        yield index, _renamed(record, source.fields)
-                        index += 1
-
-    return Reader({**_definition(source), "files": [_sha256(path) for path in paths]}, records, places)
+    return _by_file(source, "row", read)
 
 
 def _hub(source: Hub) -> Reader:
