@@ -43,12 +43,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def call(main: Callable[[], int | None]) -> NoReturn:
-    """Runs `main` and exits: ValueError and OSError, the user's to mend, as one line on stderr with code 2."""
+    """Runs `main` and exits; what the user can mend is one line on stderr and code 2.
+
+    That is ValueError, OSError (a full disk) and ImportError (an extra that is not installed).
+    """
     # Without it transformers tells everyone who has no torch to install it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         code = main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = USER_ERROR
     except KeyboardInterrupt:

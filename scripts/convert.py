@@ -17,10 +17,7 @@ def main() -> int:
     # Late, because it imports jax, and --help must not.
     from jaxlm.checkpoints.convert import convert
 
-    try:
-        print(convert(options.source, options.target, max_shard_bytes=options.max_shard_bytes))
-    except (ImportError, OSError) as error:
-        raise ValueError(str(error)) from error
+    print(convert(options.source, options.target, max_shard_bytes=options.max_shard_bytes))
     return 0
 
 
