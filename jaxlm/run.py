@@ -17,7 +17,7 @@ from jaxlm.config import Pretrained, RunConfig, claim_directory
 from jaxlm.data.preparation import prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.data.stream import batches, finite_batches
-from jaxlm.data.tokenizers import byte_tokenizer
+from jaxlm.data.tokenizers import byte_tokenizer, digest
 from jaxlm.nn.axes import logical_axes
 from jaxlm.nn.decoder import Model
 from jaxlm.nn.flops import model_flops
@@ -27,6 +27,8 @@ from jaxlm.train.page import write_page
 from jaxlm.train.phase import Params
 from jaxlm.train.reporter import SILENT, Reporter, RunReporter
 from jaxlm.train.throughput import peak
+
+_DECIDE_ROWS = ("length", "packing", "prompts", "on_bad", "on_long")  # fields of DataConfig; sources may be elsewhere
 
 
 class Result(NamedTuple):
@@ -100,11 +102,11 @@ def run(config: RunConfig) -> Result:
         if summary.get("steps") != config.run.steps:
             summary |= {"after": job.evaluate(model, trained), "steps": config.run.steps}
             reporter.evaluation(config.run.steps, summary["after"])
+            _write_summary(directory, summary, write=first)
     finally:
         reporter.close()
     if directory is not None:
         _export(directory / "model", model, trained, tokenizer, write=first)
-        _write_summary(directory, summary, write=first)
         if first:
             write_page([directory], directory / "report.html")
     return Result(Model(model.config), trained, summary["before"], summary["after"])
@@ -121,14 +123,14 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast:
 def open_data(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[Prepared, Prepared]:
     """Train and test rows: from `config.prepared`, or prepared from their sources under the run directory.
 
-    Raises: ValueError where prepared data is of other tasks or another length, or no task has a test source.
+    Raises: ValueError where prepared data is of other tasks, another tokenizer or length, or no task has a test source.
     """
     if not config.prepared:
         with tempfile.TemporaryDirectory() as unkept:  # without a run directory; what is mapped outlives its name
             folder = pathlib.Path(config.run.directory or unkept) / "data"
             train = prepare(config.data, tokenizer, split="train", directory=folder)
             return train, prepare(config.data, tokenizer, split="test", directory=folder)
-    return _find_prepared(config, "train"), _find_prepared(config, "test")
+    return _find_prepared(config, tokenizer, "train"), _find_prepared(config, tokenizer, "test")
 
 
 def load_model(config: RunConfig, mesh: Mesh, *, vocabulary: int) -> tuple[Model, Params]:
@@ -156,16 +158,22 @@ def load_model(config: RunConfig, mesh: Mesh, *, vocabulary: int) -> tuple[Model
     return Model(model.config, constrain=constrainer(mesh), row_groups=row_devices(mesh)), params
 
 
-def _find_prepared(config: RunConfig, split: str) -> Prepared:
+def _find_prepared(config: RunConfig, tokenizer: PreTrainedTokenizerFast, split: str) -> Prepared:
     found = sorted(pathlib.Path(config.prepared).glob(f"{split}-*/manifest.json"))
     if len(found) != 1:
         raise ValueError(
             f"{config.prepared} must hold one prepared {split} split, found {len(found)}: run scripts/prepare.py"
         )
     prepared = open_prepared(found[0].parent)
-    ours, theirs = (config.data.task_names, config.data.length), (prepared.task_names, prepared.length)
-    if ours != theirs:
-        raise ValueError(f"{prepared.folder} has tasks and length {theirs}, the config {ours}: prepare it again")
+    wanted: dict[str, Any] = {name: getattr(config.data, name) for name in _DECIDE_ROWS}
+    wanted |= {"tokenizer": digest(tokenizer), "tasks": list(config.data.task_names)}
+    recipe = prepared.manifest["recipe"] | {"tasks": list(prepared.task_names)}
+    for name, ours in wanted.items():
+        if recipe[name] != ours:
+            raise ValueError(
+                f"{prepared.folder} was prepared with {name} {recipe[name]!r}, the config has {ours!r}: "
+                "prepare it again"
+            )
     return prepared
 
 
@@ -192,7 +200,7 @@ def _write_summary(directory: pathlib.Path | None, summary: Mapping[str, Any], *
 
 
 def _export(folder: pathlib.Path, model: Model, params: Params, tokenizer: Any, *, write: bool) -> None:
-    """Saves the model beside an older one and then takes its place, so that there always is a whole one."""
+    """Saves beside an older model and then takes its place; the same command mends what a kill leaves in between."""
     fresh = folder.with_name("model.new")
     if write:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -118,5 +118,9 @@ def test_prepared_data_needs_no_source(tmp_path):
     source.unlink()
     other = config(tmp_path / "other", data=data, prepared=str(tmp_path / "prepared"))
     assert run(other).after["loss"] > 0
-    with pytest.raises(ValueError, match="prepare it again"):
+    with pytest.raises(ValueError, match="prepared with length 32, the config has 64: prepare it again"):
         run(config(tmp_path / "third", data=dataclasses.replace(data, length=64), prepared=other.prepared))
+    tokenizer.chat_template = "another"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match="prepared with tokenizer"):
+        run(config(tmp_path / "fourth", data=data, prepared=other.prepared, tokenizer=str(tmp_path / "tokenizer")))
