@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out metrics under teacher forcing, summed on the devices batch by batch.
+"""Held-out scores under teacher forcing: every record's, and the metrics they come to.
 
-B rows, T tokens, K tasks, S segments of a batch.
+B rows, T tokens, S segments of a row, Q records.
 """
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,53 @@ from jaxlm.nn.decoder import Model
 from jaxlm.train.mesh import replicated, rows
 from jaxlm.train.phase import Batch, Params
 
-_ON_HOST = "record_ids"  # names records for people; never sent to a device
+
+class Items(NamedTuple):
+    """What a model said to every held-out record, sorted by task and record. All are [Q].
+
+    Attributes:
+      task_ids, record_ids: int64; who it is. A record cut into pieces has an entry a piece; record -1: not told.
+      nll: float64, nats, `sum w * -log p(token | before)` over the record's tokens.
+      tokens: float64, `sum w`: how many tokens are answered for, where weights are 0 or 1.
+      correct: float64, `sum w` over those that are the argmax; equal to `tokens` where all of them are.
+    """
+
+    task_ids: np.ndarray
+    record_ids: np.ndarray
+    nll: np.ndarray
+    tokens: np.ndarray
+    correct: np.ndarray
+
+
+def score_items(
+    model: Model, params: Params, batches: Iterable[Mapping[str, Any]], mesh: jax.sharding.Mesh | None = None
+) -> Items:
+    """Scores every record that has a weighted token, given the right tokens before each.
+
+    Args:
+      model, params: any sharding.
+      batches: each with `tokens`, `loss_weights`, `positions`, `segment_ids`, `task_ids` and, where records are to be
+        told apart, `record_ids`, all [B, T] and of one shape, so that one program is compiled. Rows of padding have
+        weight 0. A record is a segment of a row; one cut into pieces is several.
+      mesh: of the devices; batches are this process's rows. None: the default device.
+    Returns: `Items`, the same and whole on every process.
+    """
+    found: list[Items] = []
+    waiting = None
+    for batch in batches:
+        arrays: Any = {"record_ids": np.full_like(batch["task_ids"], -1)} | dict(batch)
+        if mesh is not None:
+            sharding = rows(mesh)
+            arrays = {name: jax.make_array_from_process_local_data(sharding, x) for name, x in arrays.items()}
+        scored = _score(model, mesh, params, arrays)
+        # The numbers of the batch before are fetched while this one is computed.
+        found += [] if waiting is None else [_with_weight(*waiting)]
+        waiting = scored
+    found += [] if waiting is None else [_with_weight(*waiting)]
+    empty = _with_weight(np.zeros((3, 0)), np.zeros((2, 0), np.int64))
+    items = Items(*(np.concatenate(parts) for parts in zip(empty, *found, strict=True)))
+    order = np.lexsort((items.record_ids, items.task_ids))  # stable: equal records stay in the order of the batches
+    return Items(*(values[order] for values in items))
 
 
 def evaluate(
@@ -27,74 +73,70 @@ def evaluate(
     task_names: Sequence[str],
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float]:
-    """Loss, perplexity and exact match of every task.
-
-        loss/<task> = sum w * -log p(token | before) / sum w        over the task's rows, nats a token
-        perplexity/<task> = exp(loss/<task>)
-        exact_match/<task> = share of records whose every weighted token is the argmax, given the right tokens before it
-        loss = the same over all rows together
+    """Loss, perplexity and exact match of every task: `item_metrics` of `score_items`.
 
     Args:
-      model, params: any sharding.
-      batches: each with `tokens`, `loss_weights`, `positions`, `segment_ids`, `task_ids`, all [B, T], and one shape,
-        so that one program is compiled. Rows of padding have weight 0. A record is a segment of a row.
+      model, params, batches, mesh: as in `score_items`.
       task_names: index = task id.
-      mesh: of the devices; batches are this process's rows. None: the default device.
+    Raises: ValueError if no task has a weighted token.
+    """
+    return item_metrics(score_items(model, params, batches, mesh), task_names)
+
+
+def item_metrics(items: Items, task_names: Sequence[str]) -> dict[str, float]:
+    """What scored records come to.
+
+        loss/<task> = sum w * -log p(token | before) / sum w        over the task's records, nats a token
+        perplexity/<task> = exp(loss/<task>)
+        exact_match/<task> = share of records whose every weighted token is the argmax, given the right tokens before it
+        loss = the same over all records together
+
     Returns: the metrics; a task without a weighted token is left out.
     Raises: ValueError if no task has one.
     """
-    sums = np.zeros((4, len(task_names)))
-    waiting = None
-    for batch in batches:
-        arrays: Any = {name: value for name, value in batch.items() if name != _ON_HOST}
-        if mesh is not None:
-            sharding = rows(mesh)
-            arrays = {name: jax.make_array_from_process_local_data(sharding, x) for name, x in arrays.items()}
-        added = _sums(model, len(task_names), mesh, params, arrays)
-        # The numbers of the batch before are fetched while this one is computed.
-        sums += 0 if waiting is None else np.asarray(waiting, np.float64)
-        waiting = added
-    sums += 0 if waiting is None else np.asarray(waiting, np.float64)
-    nll, weight, exact, records = sums
-    if not weight.any():
+    if not items.tokens.any():
         raise ValueError(f"no held-out row of {', '.join(task_names)} has a token with a weight: nothing to evaluate")
-    metrics = {"loss": float(nll.sum() / weight.sum())}
+    metrics = {"loss": float(items.nll.sum() / items.tokens.sum())}
     for index, name in enumerate(task_names):
-        if weight[index] > 0:
-            loss = float(nll[index] / weight[index])
+        mine = items.task_ids == index
+        if mine.any():
+            loss = float(items.nll[mine].sum() / items.tokens[mine].sum())
             metrics[f"loss/{name}"] = loss
             metrics[f"perplexity/{name}"] = float(np.exp(loss))
-            metrics[f"exact_match/{name}"] = float(exact[index] / records[index])
+            metrics[f"exact_match/{name}"] = float(np.mean(items.correct[mine] == items.tokens[mine]))
     return metrics
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sums(model: Model, num_tasks: int, mesh: jax.sharding.Mesh | None, params: Params, batch: Batch) -> jax.Array:
-    """[4, K] float32: negative log-likelihood, weight, records all right, records. Whole on every device."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score(model: Model, mesh: jax.sharding.Mesh | None, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """[3, B, S] float32: nll, weight, missed weight; [2, B, S] int32: task, record. Whole on every device."""
     tokens_BT, segment_ids_BT = batch["tokens"], batch["segment_ids"]
     hidden_BTD = model.apply(params, tokens_BT, positions=batch["positions"], segment_ids=segment_ids_BT)
     weights_BT = target_weights(batch["loss_weights"], segment_ids_BT)
     options = {"softcap": model.config.logit_softcap, "groups": model.row_groups}
     scores = score_tokens(hidden_BTD, model.head(params), tokens_BT, weights_BT, **options)
+    num_segments = tokens_BT.shape[1] + 1  # segment ids of a row lie in [0, T]
+
+    def summed(values_T: jax.Array, segment_ids_T: jax.Array) -> jax.Array:
+        return jax.ops.segment_sum(values_T, segment_ids_T, num_segments=num_segments)
+
+    def largest(values_T: jax.Array, segment_ids_T: jax.Array) -> jax.Array:
+        return jax.ops.segment_max(values_T, segment_ids_T, num_segments=num_segments)
+
+    sums = [-weights_BT * scores.log_probs_BT, weights_BT, jnp.where(scores.correct_BT, 0.0, weights_BT)]
     counted_BT = weights_BT > 0
-    missed_BT = counted_BT & ~scores.correct_BT
-
-    def by_task(values, task_ids):
-        return jax.ops.segment_sum(values.ravel(), task_ids.ravel(), num_segments=num_tasks)
-
-    # Segment ids of a row lie in [0, T]: one number for each segment of the batch.
-    num_rows, width = tokens_BT.shape[0], tokens_BT.shape[1] + 1
-    keys_BT = segment_ids_BT + width * jnp.arange(num_rows, dtype=segment_ids_BT.dtype)[:, None]
-    of_segment = functools.partial(jax.ops.segment_max, segment_ids=keys_BT.ravel(), num_segments=num_rows * width)
-    counted_S = of_segment(counted_BT.ravel().astype(jnp.int32)) > 0
-    missed_S = of_segment(missed_BT.ravel().astype(jnp.int32)) > 0
-    task_ids_S = jnp.maximum(of_segment(jnp.where(counted_BT, batch["task_ids"], 0).ravel()), 0)
-    sums = jnp.stack(
-        [
-            by_task(-weights_BT * scores.log_probs_BT, batch["task_ids"]),
-            by_task(weights_BT, batch["task_ids"]),
-            by_task((counted_S & ~missed_S).astype(jnp.float32), task_ids_S),
-            by_task(counted_S.astype(jnp.float32), task_ids_S),
-        ]
+    names = [jnp.where(counted_BT, batch[name], -1) for name in ("task_ids", "record_ids")]
+    both = (
+        jnp.stack([jax.vmap(summed)(x_BT, segment_ids_BT) for x_BT in sums]),
+        jnp.stack([jax.vmap(largest)(x_BT, segment_ids_BT) for x_BT in names]),
     )
-    return sums if mesh is None else jax.lax.with_sharding_constraint(sums, replicated(mesh))
+    return both if mesh is None else jax.lax.with_sharding_constraint(both, replicated(mesh))
+
+
+def _with_weight(sums: Any, names: Any) -> Items:
+    """The segments that have a weighted token."""
+    sums, names = np.asarray(sums, np.float64), np.asarray(names, np.int64)
+    some = sums[1] > 0
+    nll, tokens, missed = sums[:, some]
+    task_ids, record_ids = names[:, some]
+    return Items(task_ids, record_ids, nll, tokens, tokens - missed)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.nn import Model, ModelConfig
-from jaxlm.train.held_out import evaluate
+from jaxlm.train.held_out import evaluate, score_items
 from jaxlm.train.mesh import make_mesh
 from jaxlm.train.options import MeshOptions
 
@@ -44,7 +44,9 @@ def rows(model, params):
         tokens[:, t] = np.where(rng.random(ROWS) < 0.7, best, tokens[:, t])
     task_ids = np.broadcast_to(rng.integers(0, 2, (ROWS, 1), dtype=np.int32), (ROWS, LENGTH))
     batch = {"tokens": tokens, "loss_weights": weights, "positions": positions, "segment_ids": segment_ids}
-    return batch | {"task_ids": task_ids, "record_ids": np.zeros((ROWS, LENGTH), np.int32)}
+    numbers = 3 * rng.permutation(ROWS)[:, None] + segment_ids  # no two segments are one record, no row comes in order
+    record_ids = np.where(segment_ids > 0, numbers, -1).astype(np.int32)
+    return batch | {"task_ids": task_ids, "record_ids": record_ids}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -60,23 +62,32 @@ def cut(rows, batch_size):
         yield {name: x[start : start + batch_size] for name, x in padded.items()}
 
 
-def by_loops(model, params, rows):
-    """The metrics again, record by record."""
+def each_record(model, params, rows):
+    """(task, record, nll, tokens, correct) again, record by record."""
     logits = np.asarray(_logits(model, params, rows["tokens"], rows["positions"], rows["segment_ids"]), np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    nll, weight, right, records = (dict.fromkeys(TASKS, 0.0) for _ in range(4))
     for row in range(ROWS):
         for segment in range(1, rows["segment_ids"][row].max() + 1):
             inside = np.flatnonzero(rows["segment_ids"][row] == segment)
             targets = [t for t in inside[1:] if rows["loss_weights"][row, t] > 0]
             if not targets:
                 continue
-            task = TASKS[rows["task_ids"][row, targets[0]]]
             tokens = rows["tokens"][row]
-            nll[task] -= sum(log_probs[row, t - 1, tokens[t]] for t in targets)
-            weight[task] += len(targets)
-            records[task] += 1
-            right[task] += all(logits[row, t - 1].argmax() == tokens[t] for t in targets)
+            nll = -sum(log_probs[row, t - 1, tokens[t]] for t in targets)
+            correct = sum(logits[row, t - 1].argmax() == tokens[t] for t in targets)
+            names = rows["task_ids"][row, inside[0]], rows["record_ids"][row, inside[0]]
+            yield *names, nll, len(targets), correct
+
+
+def by_loops(model, params, rows):
+    """The metrics again, from those records."""
+    nll, weight, right, records = (dict.fromkeys(TASKS, 0.0) for _ in range(4))
+    for task_id, _, loss, tokens, correct in each_record(model, params, rows):
+        task = TASKS[task_id]
+        nll[task] += loss
+        weight[task] += tokens
+        records[task] += 1
+        right[task] += tokens == correct
     metrics = {"loss": sum(nll.values()) / sum(weight.values())}
     for task in ("copy", "sum"):
         loss = nll[task] / weight[task]
@@ -96,6 +107,32 @@ def test_metrics_are_those_of_a_loop_over_records_for_every_batch_size(model, pa
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-5), name
     assert 0 < expected["exact_match/copy"] < 1, "the records are neither all right nor all wrong"
+
+
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_every_record_is_scored_by_itself_in_order_whatever_the_batch(model, params, rows, batch_size):
+    expected = sorted(each_record(model, params, rows))
+    found = score_items(model, params, cut(rows, batch_size))
+    assert list(zip(found.task_ids, found.record_ids, strict=True)) == [record[:2] for record in expected]
+    np.testing.assert_allclose(found.nll, [record[2] for record in expected], rtol=1e-5)
+    np.testing.assert_array_equal(found.tokens, [record[3] for record in expected])
+    np.testing.assert_array_equal(found.correct, [record[4] for record in expected])
+
+
+def test_scores_of_a_record_do_not_depend_on_batch_or_devices(model, params, rows):
+    one, many = (score_items(model, params, cut(rows, batch_size)) for batch_size in (1, 32))
+    eight = score_items(model, params, cut(rows, 8), make_mesh(MeshOptions(data=4, fsdp=2)))
+    for other in (many, eight):
+        np.testing.assert_allclose(other.nll, one.nll, rtol=1e-6, atol=1e-6)
+        for name in ("task_ids", "record_ids", "tokens", "correct"):
+            np.testing.assert_array_equal(getattr(other, name), getattr(one, name), err_msg=name)
+
+
+def test_records_of_batches_that_do_not_name_them_are_all_there(model, params, rows):
+    nameless = {name: x for name, x in rows.items() if name != "record_ids"}
+    found = score_items(model, params, cut(nameless, 8))
+    assert set(found.record_ids) == {-1}
+    assert found.nll.sum() == pytest.approx(score_items(model, params, cut(rows, 8)).nll.sum(), rel=1e-12)
 
 
 def test_eight_devices_say_what_one_says(model, params, rows):
