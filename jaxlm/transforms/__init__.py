@@ -3,4 +3,7 @@
 
 from jaxlm._lazy import attach
 
-__getattr__, __dir__ = attach(__name__, {"freeze": "frozen"})
+__getattr__, __dir__ = attach(
+    __name__,
+    {"freeze": "frozen", "isolate": "isolation", "nothing_held": "isolation", "squared_gradients": "squares"},
+)
