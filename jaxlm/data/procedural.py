@@ -67,14 +67,62 @@ def progression(rng: random.Random, *, start: int = 1000, step: int = 50, terms:
     return f"next {_spaced([first + i * distance for i in range(terms)])}=", f" {first + terms * distance}"
 
 
+def copying(rng: random.Random, *, length: int = 5) -> tuple[str, str]:
+    """copy 31415= 31415; this and the next ones: 10 ** length exercises, alike but for the word and the answer."""
+    return _on_digits("copy", rng, length, lambda digits: digits)
+
+
+def increment(rng: random.Random, *, length: int = 5) -> tuple[str, str]:
+    """increment 31419= 42520: every digit by one, 9 becomes 0."""
+    return _on_digits("increment", rng, length, lambda digits: [(d + 1) % 10 for d in digits])
+
+
+def decrement(rng: random.Random, *, length: int = 5) -> tuple[str, str]:
+    """decrement 31410= 20309: every digit by one, 0 becomes 9."""
+    return _on_digits("decrement", rng, length, lambda digits: [(d - 1) % 10 for d in digits])
+
+
+def complement(rng: random.Random, *, length: int = 5) -> tuple[str, str]:
+    """complement 31415= 68584: nine minus every digit."""
+    return _on_digits("complement", rng, length, lambda digits: [9 - d for d in digits])
+
+
+def rotation(rng: random.Random, *, length: int = 5, by: int = 2) -> tuple[str, str]:
+    """rotate 31415= 41531: the first digits behind the others."""
+    return _on_digits("rotate", rng, length, lambda digits: digits[by:] + digits[:by])
+
+
+def mirroring(rng: random.Random, *, length: int = 5) -> tuple[str, str]:
+    """mirror 31415= 51413."""
+    return _on_digits("mirror", rng, length, lambda digits: digits[::-1])
+
+
+def ascending(rng: random.Random, *, length: int = 5) -> tuple[str, str]:
+    """ascending 31415= 11345."""
+    return _on_digits("ascending", rng, length, sorted)
+
+
+def descending(rng: random.Random, *, length: int = 5) -> tuple[str, str]:
+    """descending 31415= 54311."""
+    return _on_digits("descending", rng, length, lambda digits: sorted(digits, reverse=True))
+
+
 GENERATORS: Mapping[str, Callable[..., tuple[str, str]]] = {
     "addition": addition,
+    "ascending": ascending,
+    "complement": complement,
+    "copying": copying,
     "counting": counting,
+    "decrement": decrement,
+    "descending": descending,
+    "increment": increment,
     "maximum": maximum,
+    "mirroring": mirroring,
     "modular": modular,
     "progression": progression,
     "recall": recall,
     "reversal": reversal,
+    "rotation": rotation,
     "sorting": sorting,
 }
 
@@ -138,3 +186,8 @@ def _word(rng: random.Random, length: int, letters: int) -> str:
 
 def _spaced(numbers: list[int]) -> str:
     return " ".join(map(str, numbers))
+
+
+def _on_digits(verb: str, rng: random.Random, length: int, change: Callable[[list[int]], list[int]]) -> tuple[str, str]:
+    digits = [rng.randrange(10) for _ in range(length)]
+    return f"{verb} {''.join(map(str, digits))}=", f" {''.join(map(str, change(digits)))}"

@@ -9,6 +9,18 @@ from jaxlm.data.config import Procedural
 from jaxlm.data.procedural import GENERATORS, Exercises, score
 
 
+ON_DIGITS = {
+    "copy": str,
+    "increment": lambda word: word.translate(str.maketrans("0123456789", "1234567890")),
+    "decrement": lambda word: word.translate(str.maketrans("1234567890", "0123456789")),
+    "complement": lambda word: word.translate(str.maketrans("0123456789", "9876543210")),
+    "rotate": lambda word: word[2:] + word[:2],
+    "mirror": reversed,
+    "ascending": sorted,
+    "descending": lambda word: reversed(sorted(word)),
+}
+
+
 def solve(prompt):
     """The answer, found from the prompt alone and by other means than the generators'."""
     numbers = [int(number) for number in re.findall(r"\d+", prompt)]
@@ -23,6 +35,8 @@ def solve(prompt):
         return "".join(reversed(words[1]))
     if words[:1] == ["count"]:
         return str(len(words[3].split(words[1])) - 1)
+    if words and words[0] in ON_DIGITS:
+        return "".join(ON_DIGITS[words[0]](prompt.split()[1][:-1]))
     if "mod" in words:
         *terms, modulus = numbers
         return str(sum(terms) % modulus)
@@ -60,6 +74,14 @@ def test_items_are_those_that_they_were():
 
 FIRST = {
     "addition": "37+32=",
+    "ascending": "ascending 99183=",
+    "complement": "complement 09375=",
+    "copying": "copy 73732=",
+    "decrement": "decrement 28355=",
+    "descending": "descending 51200=",
+    "increment": "increment 84697=",
+    "mirroring": "mirror 46699=",
+    "rotation": "rotate 24582=",
     "counting": "count b in babcaada=",
     "maximum": "max 24 65 60=",
     "modular": "8+3+8+6 mod 7=",
