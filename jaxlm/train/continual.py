@@ -1,108 +1,152 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning, keeping and forgetting as numbers, all computed from one table: scores of tasks at columns of time.
+"""Learning, keeping and forgetting as numbers, all computed from one score matrix.
 
-i task, c column (0: before any training), q item of a task; N tasks, C the last column.
+i task, c column (0: before any training), q item of a task; C the last column; L(i) = learned_at[i], the first column
+whose stage trained on task i; z_i score before training, b_i of a specialist, m_i of joint training.  NumPy only.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+import difflib
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlm.train.resampling import resampled_means
+from jaxlm.train.score_matrix import Baseline, ScoreMatrix, baseline_items
+from jaxlm.train.task_table import METRICS, NEED_SPECIALIST, mean_of_defined, task_table
 
-class ScoreMatrix:
-    """Scores of every item of every task, before training and after each stage.
+
+def continual_metrics(
+    matrix: ScoreMatrix, *, specialist: Baseline | None = None, joint: Baseline | None = None, min_gain: float = 0.02
+) -> dict[str, float]:
+    """Every number about learning and forgetting that one arm, seed and order has.
+
+        final              mean_i a[i,C]; final_worst: min_i                                  tasks that are trained on
+        plasticity         mean_i a[i,L(i)] - b_i                                             the same
+        backward_transfer  mean_i a[i,C] - a[i,L(i)]                                          L(i) < C
+        forgetting         mean_i max_{L(i) <= c < C} a[i,c] - a[i,C]                         L(i) < C
+        forgetting_rate    mean_i forgetting_i / (max_{L(i) <= c < C} a[i,c] - z_i)           and a gain >= min_gain
+        forward_transfer   mean_i a[i,L(i)-1] - z_i                                           L(i) > 1
+        base_drop          mean_i z_i - a[i,C]                                                tasks never trained on
+        base_drop_trained  the same                                                           tasks that are trained on
+        normalized         mean_i n_i, n_i = (a[i,C] - z_i) / (b_i - z_i); normalized_worst   |b_i - z_i| >= min_gain
+        seesaw             population sd over tasks of a[i,C] - b_i                           tasks that are trained on
+        seesaw_normalized  population sd over tasks of n_i                                    as normalized
+        losers             tasks whose 95 % interval of a[i,C] - m_i over items lies below 0
+
+    Backward transfer is the primary number of forgetting: the maximum in `forgetting` is biased upward by noise, the
+    more so the more columns it is taken over, so compare it only between arms with equally many.
 
     Args:
-      scores: for each task a [C+1, items] array; a number of items may differ between tasks. A [N, C+1] array of
-        means is a table whose tasks have one item each.
-      learned_at: for each task the first column whose stage trained on it, None for one that is never trained on.
-      higher_is_better: True: scores lie in [0, 1]. False: they are losses as they are measured (nats a token, >= 0);
-        `values` and all metrics see them negated, once.
-      items_hash: names the items and their order; tables with different ones are never compared.
-      tasks, columns: names, for people.
-    Raises: ValueError for scores or columns that make no such table.
+      matrix: of one arm, one seed, one order of tasks.
+      specialist: b_i, of training on task i alone: a number or the scores of the same items a task, None for a task
+        without; or a `ScoreMatrix`, whose last column counts. Losses as they are measured. None: the numbers that need
+        one are left out.
+      joint: m_i, of training on all tasks together; `losers` is left out without it.
+      min_gain: at least what a task must have gained for a share of it to mean something; twice the standard error
+        of the gain over items, where that is more.
+    Returns: name -> number, NaN where no task defines it; name/skipped -> trained tasks that a mean leaves out, where
+      there are any.
 
-    >>> table = ScoreMatrix([[0.1, 0.8, 0.6], [0.2, 0.2, 0.7]], learned_at=(1, 2))
-    >>> table.means.tolist()
-    [[0.1, 0.8, 0.6], [0.2, 0.2, 0.7]]
+    >>> table = ScoreMatrix([[0.1, 0.8, 0.6, 0.5], [0.2, 0.2, 0.7, 0.6], [0, 0.1, 0.1, 0.9]], [1, 2, 3])
+    >>> numbers = continual_metrics(table)
+    >>> print(f"{numbers['backward_transfer']:.2f} {numbers['backward_transfer/skipped']:.0f}")
+    -0.20 1
+
+    Source: Chaudhry et al. 2018, arXiv:1801.10112 (forgetting); Lopez-Paz and Ranzato 2017, arXiv:1706.08840.
     """
+    table = task_table(matrix, specialist, min_gain)
+    numbers: dict[str, float] = {}
+    for name, (by_task, reduce) in METRICS.items():
+        if specialist is None and name in NEED_SPECIALIST:
+            continue
+        found = getattr(table, by_task)
+        numbers[name] = float(reduce(found))
+        skipped = int(np.isnan(found[matrix.trained]).sum())
+        if skipped and reduce is mean_of_defined and by_task != "base_drop":
+            numbers[f"{name}/skipped"] = float(skipped)
+    if joint is not None:
+        numbers["losers"] = float(sum(_upper_bounds(matrix, joint) < 0))
+    return numbers
 
-    def __init__(
-        self,
-        scores: Sequence[Any],
-        learned_at: Sequence[int | None],
-        *,
-        higher_is_better: bool = True,
-        items_hash: str = "",
-        tasks: Sequence[str] = (),
-        columns: Sequence[str] = (),
-    ):
-        given = [np.asarray(x, np.float64) for x in scores]
-        if not given:
-            raise ValueError("a score matrix needs at least one task")
-        given = [x[:, None] if x.ndim == 1 else x for x in given]
-        num_columns = len(given[0])
-        self.higher_is_better = higher_is_better
-        self.items_hash = items_hash
-        self.tasks = tuple(tasks) or tuple(f"task {i}" for i in range(len(given)))
-        self.columns = tuple(columns) or ("before", *(f"column {c}" for c in range(1, num_columns)))
-        self.learned_at = tuple(None if at is None else int(at) for at in learned_at)
-        for task, x in zip(self.tasks, given, strict=True):
-            if x.ndim != 2 or len(x) != num_columns or not x.size:
-                raise ValueError(
-                    f"task {task!r} has scores of shape {x.shape}, wanted [columns, items] with {num_columns} columns "
-                    "and at least one item"
-                )
-            self._check_scores(task, x)
-        if len(self.columns) != num_columns or len(self.learned_at) != len(given):
-            raise ValueError(
-                f"{len(given)} tasks and {num_columns} columns of scores, but {len(self.learned_at)} entries in "
-                f"learned_at and {len(self.columns)} names of columns"
-            )
-        self._check_learned(num_columns)
-        self.values = tuple(x if higher_is_better else -x for x in given)
 
-    @property
-    def means(self) -> np.ndarray:
-        """[N, C+1] float64, `a[i, c] = mean_q X[i, c, q]`; higher is better."""
-        return np.stack([x.mean(axis=1) for x in self.values])
+def task_metrics(
+    matrix: ScoreMatrix, *, specialist: Baseline | None = None, min_gain: float = 0.02
+) -> dict[str, np.ndarray]:
+    """The same before the mean: name -> [N], NaN for a task that does not define it.
 
-    @property
-    def trained(self) -> list[int]:
-        """Tasks that some stage trains on."""
-        return [i for i, at in enumerate(self.learned_at) if at is not None]
+    >>> table = ScoreMatrix([[0.1, 0.8, 0.5], [0.2, 0.2, 0.7]], [1, 2])
+    >>> task_metrics(table)["backward_transfer"].round(3).tolist()
+    [-0.3, nan]
+    """
+    table = task_table(matrix, specialist, min_gain)
+    names = [name for name, (by_task, _) in METRICS.items() if name == by_task]
+    return {name: getattr(table, name) for name in names if specialist is not None or name not in NEED_SPECIALIST}
 
-    @property
-    def general(self) -> list[int]:
-        """Tasks that no stage trains on."""
-        return [i for i, at in enumerate(self.learned_at) if at is None]
 
-    def _check_scores(self, task: str, x: np.ndarray) -> None:
-        def place(wrong: np.ndarray) -> str:
-            c, q = np.argwhere(wrong)[0]
-            return f"task {task!r}, column {self.columns[c] if c < len(self.columns) else c!r}, item {q}: {x[c, q]}"
+def metric_of(
+    matrix: ScoreMatrix,
+    name: str,
+    specialist: Baseline | None = None,
+    min_gain: float = 0.02,
+    means: np.ndarray | None = None,
+    of_specialist: np.ndarray | None = None,
+) -> np.ndarray:
+    """One metric, of other means too: [..., N, C+1] `means` and [..., N] `of_specialist` drawn from this matrix."""
+    if name not in METRICS:
+        near = difflib.get_close_matches(name, METRICS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(METRICS)}"
+        raise ValueError(f"no metric {name!r}: {hint}")
+    if specialist is None and name in NEED_SPECIALIST:
+        raise ValueError(f"{name} compares with specialists: pass specialist=, a score of each task trained alone")
+    table = task_table(matrix, specialist, min_gain)
+    if means is not None:
+        table = dataclasses.replace(table, means=means, specialist=of_specialist)
+    by_task, reduce = METRICS[name]
+    return reduce(getattr(table, by_task))
 
-        if not np.isfinite(x).all():
-            raise ValueError(f"a score is not finite: {place(~np.isfinite(x))}")
-        if self.higher_is_better and ((x < 0) | (x > 1)).any():
-            raise ValueError(
-                f"a score lies outside of [0, 1]: {place((x < 0) | (x > 1))}; pass higher_is_better=False for losses"
-            )
-        if not self.higher_is_better and (x < 0).any():
-            raise ValueError(
-                f"a loss is negative: {place(x < 0)}; give losses as they are measured, they are negated here, once"
-            )
 
-    def _check_learned(self, num_columns: int) -> None:
-        for task, at in zip(self.tasks, self.learned_at, strict=True):
-            if at == 0:
-                raise ValueError(
-                    f"task {task!r} is learned at column 0: evaluate before training: forgetting of base abilities "
-                    "needs column 0"
-                )
-            if at is not None and not 0 < at < num_columns:
-                raise ValueError(
-                    f"task {task!r} is learned at column {at}, but the last column is {num_columns - 1}: record the "
-                    "scores after every stage"
-                )
+class Flips(NamedTuple):
+    """Shares of items: lost, gained, wrong both times; and for items with options what is left of them without luck."""
+
+    lost: float
+    gained: float
+    both_wrong: float
+    known_to_unknown: float | None = None
+    unknown_to_known: float | None = None
+
+
+def flips(before: Any, after: Any, *, num_options: int | None = None) -> Flips:
+    """What was lost and gained, item by item.
+
+        lost = mean 1[right before, wrong after],  gained = mean 1[wrong before, right after]
+        known_to_unknown = (lost - both_wrong / (k - 1)) * k / (k - 1), and likewise with gained
+
+    Args:
+      before, after: [items] in {0, 1}: right or wrong.
+      num_options: k of a multiple choice, where a guesser flips by luck; the corrected shares are exact in expectation
+        if one who does not know guesses uniformly, anew each time. They are not clipped. None: not corrected.
+
+    >>> flips([1, 1, 0, 0], [1, 0, 1, 0])
+    Flips(lost=0.25, gained=0.25, both_wrong=0.25, known_to_unknown=None, unknown_to_known=None)
+
+    Source: lost and gained as in arXiv:2510.17776. Departs: the correction for chance is derived here.
+    """
+    u, v = np.asarray(before), np.asarray(after)
+    if u.shape != v.shape or u.ndim != 1 or not u.size or not np.isin([u, v], (0, 1)).all():
+        raise ValueError(f"flips are of the same items, each 0 or 1, before and after; got {u.shape} and {v.shape}")
+    lost, gained, wrong = (float(np.mean((u == x) & (v == y))) for x, y in ((1, 0), (0, 1), (0, 0)))
+    if num_options is None:
+        return Flips(lost, gained, wrong)
+    if num_options < 2:
+        raise ValueError(f"num_options must be at least 2, got {num_options}")
+    k = num_options
+    return Flips(lost, gained, wrong, *((x - wrong / (k - 1)) * k / (k - 1) for x in (lost, gained)))
+
+
+def _upper_bounds(matrix: ScoreMatrix, joint: Baseline) -> np.ndarray:
+    """[N] upper end of the 95 % interval of a[i,C] - m_i over items; NaN for tasks that no stage trains on."""
+    pairs = [np.column_stack([x[-1], m]) for x, m in zip(matrix.values, baseline_items(joint, matrix), strict=True)]
+    drawn = resampled_means(pairs, resamples=10_000, seed=0)
+    upper = np.array([np.percentile(x[:, 0] - x[:, 1], 97.5) for x in drawn])
+    return np.where([at is not None for at in matrix.learned_at], upper, np.nan)

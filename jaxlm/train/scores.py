@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from jaxlm.train.continual import ScoreMatrix
 from jaxlm.train.held_out import Items
+from jaxlm.train.score_matrix import ScoreMatrix
 
 FILE = "scores.npz"
 
@@ -68,6 +68,11 @@ class Scores:
     def task_names(self) -> tuple[str, ...]:
         """Index = task id."""
         return self._task_names
+
+    @property
+    def learned(self) -> dict[str, tuple[int, ...]]:
+        """Column -> ids of the tasks that the stage ending there taught."""
+        return {name: column.learned for name, column in self._columns.items()}
 
     def has(self, column: str) -> bool:
         """Whether a column of that name is there."""
