@@ -8,7 +8,6 @@ a stack of L layers and L separate leaves give the same result.  Leaves keep the
 import functools
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from jaxlm.weights.alike import check_alike
 from jaxlm.weights.names import named_leaves
+from jaxlm.weights.select import match
 
 log = logging.getLogger("jaxlm.weights")
 
@@ -115,7 +115,7 @@ def interpolate(
     if not 0 < eps <= 0.1:
         raise ValueError(f"eps must be in (0, .1], got {eps}: it is the width of the linear zones in the cosine")
     paths = list(named_leaves(base))
-    layered = stacked_paths(paths, stacked)
+    layered, _ = match(stacked, (), named_leaves(base))
     for what, other in (("where", where), ("origin", origin)):
         if other is not None:
             check_alike(base, other, ("the base", what), dtypes=what != "where")
@@ -128,23 +128,13 @@ def interpolate(
         share = 1 / (number + 1) if weight == "mean" else weight
         arcs = []
         for i, (path, leaf) in enumerate(named_leaves(model).items()):
-            axes = vector_axes(path, leaf.ndim, stacked=path in layered, rows=rows)
+            axes = vector_axes(path, leaf.ndim, stacked=layered[path], rows=rows)
             arc = _arc(result[i], like(result[i], leaf), share, eps, marks[i], starts[i], axes)
             result[i] = like(result[i], arc.merged)
             arcs.append(arc._replace(merged=None))
         _tell(arcs, paths, number, called, report)
         del model, leaf
     return jax.tree.unflatten(jax.tree.structure(base), result)
-
-
-def stacked_paths(paths: Sequence[str], stacked: Sequence[str] | None) -> set[str]:
-    """Those stacked over layers: under `blocks/`, or matched as a whole by one of the patterns."""
-    if stacked is None:
-        return {path for path in paths if path.startswith("blocks/")}
-    for pattern in stacked:
-        if not any(re.fullmatch(pattern, path) for path in paths):
-            raise ValueError(f"stacked pattern {pattern!r} matches no leaf; paths look like {paths[0]!r}")
-    return {path for path in paths if any(re.fullmatch(pattern, path) for pattern in stacked)}
 
 
 def vector_axes(path: str, ndim: int, *, stacked: bool, rows: bool) -> tuple[int, ...]:

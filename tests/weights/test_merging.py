@@ -216,5 +216,5 @@ def test_what_does_not_fit_is_refused_by_name():
         interpolate(a, [b], space="task_vectors")
     with pytest.raises(ValueError, match="the base task vector is zero"):
         interpolate(a, [b], space="task_vectors", origin=a)
-    with pytest.raises(ValueError, match=r"stacked pattern 'layers/.\*' matches no leaf"):
+    with pytest.raises(ValueError, match=r"stacked pattern 'layers/.\*' matches no path"):
         slerp(a, b, 0.5, stacked=["layers/.*"])
