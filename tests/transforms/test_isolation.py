@@ -232,7 +232,7 @@ def test_squares_are_summed_while_every_bit_stays():
     assert int(state.num_updates) == 3
     for total, square in zip(jax.tree.leaves(state.total), expected, strict=True):
         np.testing.assert_allclose(total, square, rtol=1e-6)
-    _, state = run(squared_gradients(), params, held, num_updates=1)
+    _, state = run(squared_gradients(), params, random_mask(params), num_updates=1)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state.total))
 
 
