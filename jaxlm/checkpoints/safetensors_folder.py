@@ -19,6 +19,7 @@ class SafetensorsFolder:
 
     Attributes:
       shapes: name -> shape, of every tensor. Only headers were read.
+      files: names of the files.
 
     Raises: ValueError that names the file: a missing shard, a broken file, a tensor that is not where the index says, a
       folder that holds pickles only.
@@ -35,6 +36,7 @@ class SafetensorsFolder:
                     f"{folder / file} lacks {lost[0]!r}, which {INDEX} says it holds: fetch the file again"
                 )
             self._file_of |= dict.fromkeys(held, file)
+        self.files = sorted(set(self._file_of.values()))
         self.shapes = {name: tuple(self._slice(name).get_shape()) for name in sorted(self._file_of)}
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:

@@ -169,15 +169,28 @@ def _arc(
     angle = 2 * jnp.arctan2(_norm(u - v, axes), _norm(u + v, axes))
     zero = u_is_zero | v_is_zero
     linear = zero | (jnp.abs(jnp.cos(angle)) > 1 - eps)
-    safe = jnp.where(linear, 1.0, angle)
-    from_x, from_y = jnp.sin((1 - weight) * safe) / jnp.sin(safe), jnp.sin(weight * safe) / jnp.sin(safe)
-    merged = jnp.where(linear, x + weight * (y - x), from_x * x + from_y * y)
-    merged = (merged if origin is None else merged + start).astype(a.dtype)
-    same = linear & (a == b)  # keeps -0.0, and the bits of equal task vectors
-    merged = jnp.where(weight == 1, b, jnp.where(same | (weight == 0), a, merged))
+    merged = _along(x, y, weight, angle, linear)
+    merged = _with_exact_ends(a, b, (merged if origin is None else merged + start).astype(a.dtype), weight, linear)
     if where is not None:
         merged = jnp.where(where, merged, a)
     return Arc(merged, jnp.where(zero, 0.0, angle).reshape(-1), zero.reshape(-1), finite)
+
+
+@jax.jit
+def on_arc(a: jax.Array, b: jax.Array, weight: jax.Array, angle: jax.Array, linear: jax.Array) -> jax.Array:
+    """A piece of two vectors whose angle is known, merged; linearly if told so."""
+    return _with_exact_ends(a, b, _along(a, b, weight, angle, linear), weight, linear)
+
+
+def _along(x: jax.Array, y: jax.Array, weight: jax.Array, angle: jax.Array, linear: jax.Array) -> jax.Array:
+    safe = jnp.where(linear, 1.0, angle)
+    from_x, from_y = jnp.sin((1 - weight) * safe) / jnp.sin(safe), jnp.sin(weight * safe) / jnp.sin(safe)
+    return jnp.where(linear, x + weight * (y - x), from_x * x + from_y * y)
+
+
+def _with_exact_ends(a: jax.Array, b: jax.Array, merged: jax.Array, weight: jax.Array, linear: jax.Array) -> jax.Array:
+    same = linear & (a == b)  # keeps -0.0, and the bits of equal task vectors
+    return jnp.where(weight == 1, b, jnp.where(same | (weight == 0), a, merged))
 
 
 def _norm(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -6,6 +6,7 @@ first model's or the base's type and sharding.  A tensor is a leaf, or one slice
 """
 
 import functools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jaxlm.weights.alike import check_alike
 from jaxlm.weights.merging import like
 from jaxlm.weights.names import named_leaves
-from jaxlm.weights.select import Scope, Scored, match, ordered, place_keys, salt, select
+from jaxlm.weights.select import Scope, Scored, largest, match, place_keys, salt
 
 Weights = float | Sequence[float]
 Rescale = Literal["share", "norm", "none"]
@@ -100,7 +101,7 @@ def ties(
     Source: Yadav et al. 2023, arXiv:2306.01708; the density of 20 % is theirs.
     Departs: mergekit 0.1.5 keeps int(density * size) in floats, one at least; its default density is 1.
     """
-    _check_share(density)
+    check_share(density)
     layered, _ = match(stacked, (), named_leaves(base))
     models = list(models)
     keeps: list[list[Any]] = [[None] * len(models) for _ in layered]
@@ -257,7 +258,7 @@ class _Drop:
 
 def check_dare(density: float, seed: int, rescale: str) -> None:
     """Raises ValueError for what DARE cannot do."""
-    _check_share(density)
+    check_share(density)
     if rescale not in RESCALES:
         raise ValueError(f"rescale must be one of {', '.join(RESCALES)}, got {rescale!r}")
     if seed < 0:
@@ -299,13 +300,10 @@ def _trimmed(base: Any, model: Any, density: float, scope: Scope, layered: dict[
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _largest(base: list[Any], model: list[Any], names: Any, density: float, scope: Scope) -> list[jax.Array]:
-    def key(pair: Any) -> jax.Array:
-        return ordered(jnp.abs(task_vector(*pair)))
-
-    parts = [
-        Scored(path, x.shape, stacked, (x, y), key) for (path, stacked), x, y in zip(names, base, model, strict=True)
-    ]
-    return select(parts, density, scope=scope)
+    sizes = {path: jnp.abs(task_vector(x, y)) for (path, _), x, y in zip(names, base, model, strict=True)}
+    stacked = tuple(re.escape(path) for path, layered in names if layered)
+    chosen = largest(sizes, density, scope=scope, stacked=stacked)
+    return [chosen[path] for path, _ in names]
 
 
 def _elected(
@@ -367,7 +365,8 @@ def _again(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
     yield from rest
 
 
-def _check_share(density: float) -> None:
+def check_share(density: float) -> None:
+    """Raises ValueError for a density out of range."""
     if not 0 < density <= 1:
         raise ValueError(f"density must be in (0, 1], got {density}: it is the share of a task vector that is kept")
 

@@ -16,7 +16,7 @@ Overlap = Literal["largest", "mean", "last", "group"]
 OVERLAPS = ("largest", "mean", "last", "group")
 
 
-class _Owned(NamedTuple):
+class Owned(NamedTuple):
     """What is known of one leaf after some of the models; all of its shape.
 
     Attributes:
@@ -80,7 +80,7 @@ def transplant(
     if len(set(counts)) > 1:
         raise ValueError(f"got {counts} models, cores and sizes: each model has its own")
     bases, paths = jax.tree.leaves(base), list(named_leaves(base))
-    owned = [_nothing(leaf, overlap, sized) for leaf in bases]
+    owned = [unowned(leaf, overlap, sized) for leaf in bases]
     number = 0
     size: list[Any]
     for model, core, *size in zip(models, cores, *([sizes] if sized else []), strict=True):
@@ -96,13 +96,13 @@ def transplant(
         flags = []
         for i, parts in enumerate(zip(*(jax.tree.leaves(tree) for tree in (model, core, *size)), strict=True)):
             theta, mark, *moved = (like(bases[i], part) for part in parts)
-            owned[i], finite = _take(owned[i], theta, mark, moved[0] if sized else None, rank, overlap)
+            owned[i], finite = take_over(owned[i], theta, mark, moved[0] if sized else None, rank, overlap)
             flags.append(finite)
         _check_finite(paths, flags, number)
         del model, core, size, parts, theta, mark, moved
     if groups is not None and number != sum(len(group) for group in groups):
         raise ValueError(f"groups number {sum(len(group) for group in groups)} models, got {number}")
-    merged = [like(leaf, _settle(leaf, state, overlap)) for leaf, state in zip(bases, owned, strict=True)]
+    merged = [like(leaf, resolved(leaf, state, overlap)) for leaf, state in zip(bases, owned, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(base), merged)
 
 
@@ -116,7 +116,7 @@ def _rank(groups: Sequence[Sequence[int]] | None, number: int) -> int:
     return places[0]
 
 
-def _nothing(leaf: Any, overlap: Overlap, sized: bool) -> _Owned:
+def unowned(leaf: Any, overlap: Overlap, sized: bool) -> Owned:
     """No entry has an owner yet."""
 
     def zeros(dtype: Any) -> jax.Array:
@@ -124,13 +124,13 @@ def _nothing(leaf: Any, overlap: Overlap, sized: bool) -> _Owned:
         return jnp.zeros(leaf.shape, dtype, device=leaf.sharding if placed else None)
 
     marks = [zeros(bool), zeros(bool)] if overlap == "group" else [None, None]
-    return _Owned(leaf, zeros(jnp.uint8), zeros(jnp.float32) if sized else None, *marks)
+    return Owned(leaf, zeros(jnp.uint8), zeros(jnp.float32) if sized else None, *marks)
 
 
 @functools.partial(jax.jit, static_argnames=("overlap",))
-def _take(
-    owned: _Owned, theta: jax.Array, core: jax.Array, size: Any, rank: jax.Array, overlap: Overlap
-) -> tuple[_Owned, jax.Array]:
+def take_over(
+    owned: Owned, theta: jax.Array, core: jax.Array, size: Any, rank: jax.Array, overlap: Overlap
+) -> tuple[Owned, jax.Array]:
     """One more model; and whether it is finite."""
     finite = jnp.all(jnp.isfinite(theta)) & (True if size is None else jnp.all(jnp.isfinite(size)))
     free = owned.rank == 0
@@ -155,7 +155,8 @@ def _take(
 
 
 @functools.partial(jax.jit, static_argnames=("overlap",))
-def _settle(base: jax.Array, owned: _Owned, overlap: Overlap) -> jax.Array:
+def resolved(base: jax.Array, owned: Owned, overlap: Overlap) -> jax.Array:
+    """The leaf once all models were seen."""
     if overlap == "mean":
         mean = owned.value / jnp.maximum(owned.rank, 1).astype(jnp.float32)
         return jnp.where(owned.rank == 0, base, jnp.where(owned.rank == 1, owned.value, mean)).astype(base.dtype)
