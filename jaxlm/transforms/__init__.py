@@ -5,5 +5,15 @@ from jaxlm._lazy import attach
 
 __getattr__, __dir__ = attach(
     __name__,
-    {"freeze": "frozen", "isolate": "isolation", "nothing_held": "isolation", "squared_gradients": "squares"},
+    {
+        "evolving_isolation": "evolving",
+        "freeze": "frozen",
+        "held_mask": "isolation",
+        "isolate": "isolation",
+        "isolation_metrics": "isolation",
+        "nothing_held": "isolation",
+        "pull": "elastic",
+        "squared_gradients": "squares",
+        "with_fresh_inner": "isolation",
+    },
 )

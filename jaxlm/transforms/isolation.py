@@ -7,6 +7,7 @@ held: a tree of bools like the parameters, True = held.
 import contextlib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -41,6 +42,48 @@ class IsolateState(NamedTuple):
 
     held: Any
     inner: optax.OptState
+
+
+class Drift(NamedTuple):
+    """What the last choice of `evolving_isolation` came to; all shares are 0 before the first.
+
+    Attributes:
+      choices: int32, how many there were.
+      held: float32, held entries over those that could be.
+      overlap_first, overlap_previous: float32, |A and B| / |A or B| of the set with the first and the previous one.
+      entered, left: float32, entries that changed sides over the held ones.
+      counts: uint32 [leaves, slices, 2], held entries of every slice as high * 2^16 + low; rows of short leaves end
+        in zeros.
+    """
+
+    choices: jax.Array
+    held: jax.Array
+    overlap_first: jax.Array
+    overlap_previous: jax.Array
+    entered: jax.Array
+    left: jax.Array
+    counts: jax.Array
+
+
+class EvolvingState(NamedTuple):
+    """State of `evolving_isolation`.
+
+    Attributes:
+      step: int32, updates done.
+      importance: like the parameters, float32 or bfloat16: the running average of squared gradients; a tuple of such
+        trees with `tasks=N`, the empty tuple with `importance_source="adam_nu"`.
+      marks: uint8, one an entry, divided over devices like the parameters: bit 0 held, bit 1 in the first set.
+      inner: of the wrapped optimizer.
+      skipped: int32, gradient entries so far that were not finite and left importance as it was.
+      drift: of the last choice.
+    """
+
+    step: jax.Array
+    importance: Any
+    marks: Any
+    inner: optax.OptState
+    skipped: jax.Array
+    drift: Drift
 
 
 def isolate(
@@ -205,3 +248,91 @@ def _links(part: Any, seen: set[int]) -> Iterator[str]:
         return
     for each in inside:
         yield from _links(each, seen)
+
+
+def held_mask(opt_state: optax.OptState) -> Any:
+    """The held entries as a tree of bools, from any optimizer state with one isolation inside.
+
+    >>> held_mask(isolate(optax.sgd(1.0), {"w": jnp.array([True, False])}).init({"w": jnp.ones(2)}))
+    {'w': Array([ True, False], dtype=bool)}
+    """
+    states = _isolations(opt_state)
+    if len(states) != 1:
+        raise ValueError(f"the optimizer state has {len(states)} isolations, held_mask reads one: wrap once")
+    state = states[0]
+    return state.held if isinstance(state, IsolateState) else marked(state.marks, HELD)
+
+
+HELD, FIRST = 1, 2  # bits of a mark
+
+
+def marked(marks: Any, bit: int) -> Any:
+    """Which entries have that bit."""
+    return jax.tree.map(lambda m: (m & bit) != 0, marks)
+
+
+def _isolations(opt_state: optax.OptState) -> list[Any]:
+    kinds = (IsolateState, EvolvingState)
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds))
+    return [leaf for leaf in leaves if isinstance(leaf, kinds)]
+
+
+def with_fresh_inner(opt_state: optax.OptState, fresh: optax.OptState) -> optax.OptState:
+    """`fresh`, a new state of the same optimizer, but an evolving isolation keeps importance, marks and step."""
+
+    def is_evolving(x: Any) -> bool:
+        return isinstance(x, EvolvingState)
+
+    return jax.tree.map(
+        lambda old, new: old._replace(inner=new.inner) if is_evolving(old) else new,
+        opt_state,
+        fresh,
+        is_leaf=is_evolving,
+    )
+
+
+KINDS = (  # what a path contains, the first that fits
+    (r"norm|ln_|layernorm", "norm"),
+    (r"embed|positions|wte|wpe", "embedding"),
+    (r"query|q_proj|wq", "query"),
+    (r"key|k_proj|wk", "key"),
+    (r"value|v_proj|wv", "value"),
+    (r"attention/out|o_proj|wo", "out"),
+    (r"gate", "gate"),
+    (r"up", "up"),
+    (r"down", "down"),
+    (r"head", "head"),
+)
+
+
+def isolation_metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
+    """Scalars that tell how the held set evolves; empty without an evolving isolation. Reads small counters only.
+
+    Returns: "isolation/..." with held (share of the entries that could be), choices, overlap_first, overlap_previous,
+      chance (what both would be for random sets of that size, q / (2 - q)), entered and left (over the held), stay
+      (choices that an entry stays on average, |held| / left, at most `choices`), skipped (gradient entries that were
+      not finite) and held/KIND, the share of the held set in embedding, query, key, value, out, gate, up, down, norm,
+      head or other.
+    """
+    states = [state for state in _isolations(opt_state) if isinstance(state, EvolvingState)]
+    if not states:
+        return {}
+    state, drift = states[0], states[0].drift
+    choices = drift.choices.astype(jnp.float32)
+    metrics = {
+        "held": drift.held,
+        "overlap_first": drift.overlap_first,
+        "overlap_previous": drift.overlap_previous,
+        "chance": drift.held / (2 - drift.held),
+        "entered": drift.entered,
+        "left": drift.left,
+        "stay": jnp.where(drift.left * choices > 1, 1 / jnp.maximum(drift.left, 1e-9), choices),
+        "choices": choices,
+        "skipped": state.skipped.astype(jnp.float32),
+    }
+    counts = jnp.sum(drift.counts.astype(jnp.float32) * jnp.array([65536.0, 1.0]).reshape(1, 1, 2), axis=(1, 2))
+    shares = counts / jnp.maximum(jnp.sum(counts), 1)
+    for path, share in zip(named_leaves(state.marks), shares, strict=True):
+        kind = next((kind for pattern, kind in KINDS if re.search(pattern, path)), "other")
+        metrics[f"held/{kind}"] = metrics.get(f"held/{kind}", jnp.float32(0)) + share
+    return {f"isolation/{name}": value for name, value in metrics.items()}

@@ -174,13 +174,15 @@ def match(
             if leaves and not any(re.fullmatch(pattern, path) for path in leaves):
                 raise ValueError(f"{name} pattern {pattern!r} matches no path; paths look like {next(iter(leaves))!r}")
 
-    def fits(path: str, patterns: Sequence[str]) -> bool:
-        return any(re.fullmatch(pattern, path) for pattern in patterns)
+    slices = {path: len(leaf.shape) > 0 and pattern_of(path, stacked) >= 0 for path, leaf in leaves.items()}
+    return slices, [path for path in leaves if pattern_of(path, exclude) < 0]
 
-    slices = {path: is_stacked(path) if stacked is None else fits(path, stacked) for path in leaves}
-    for path, leaf in leaves.items():
-        slices[path] = slices[path] and len(leaf.shape) > 0
-    return slices, [path for path in leaves if not fits(path, exclude)]
+
+def pattern_of(path: str, patterns: Sequence[str] | None) -> int:
+    """Index of the first pattern that matches, -1 if none does; without patterns 0 for what `is_stacked` says."""
+    if patterns is None:
+        return 0 if is_stacked(path) else -1
+    return next((i for i, pattern in enumerate(patterns) if re.fullmatch(pattern, path)), -1)
 
 
 def ordered(scores: jax.Array) -> jax.Array:
@@ -225,7 +227,7 @@ def select(
     """
     if not parts:
         return []
-    pool = _together if scope == "global" else list
+    pool = together if scope == "global" else list
 
     # More than k keys reach the cut, at most k stand above it: it is the (k+1)-th largest key.
     def reaches(part: Scored, arrays: Any, _: None) -> Callable[[jax.Array], jax.Array]:
@@ -262,8 +264,8 @@ def select(
 def _above(part: Scored, cut: jax.Array) -> Limbs:
     keys = part.key(part.arrays)
     # Counting two things, because of one the CPU's compiler makes a loop without vectors on one core.
-    count, _ = _count(part, [keys > spread(part, cut), keys == spread(part, cut)])
-    return limbs(count)
+    above, _ = count(part, [keys > spread(part, cut), keys == spread(part, cut)])
+    return limbs(above)
 
 
 def _bisect(parts: Sequence[Scored], fixed: Any, hits: Any, reached: Any) -> list[jax.Array]:
@@ -284,7 +286,7 @@ def _bisect(parts: Sequence[Scored], fixed: Any, hits: Any, reached: Any) -> lis
         counts = []
         for part, own, fix, x in zip(parts, arrays, here, found, strict=True):
             mask_of = hits(part, own, fix)
-            counts.append(limbs(_count(part, [mask_of(spread(part, x + (step << shift))) for step in steps])))
+            counts.append(limbs(count(part, [mask_of(spread(part, x + (step << shift))) for step in steps])))
         return [
             x + (jnp.sum(yes, axis=0, dtype=jnp.uint32) << shift) for x, yes in zip(found, reached(counts), strict=True)
         ]
@@ -299,7 +301,7 @@ def _break_ties(
 
     Place keys are distinct inside a slice, so at most one a slice equals the end; those go by path and slice.
     """
-    pool = _together if scope == "global" else list
+    pool = together if scope == "global" else list
 
     def before(part: Scored, arrays: Any, fixed: tuple[jax.Array, ...]) -> Callable[[jax.Array], jax.Array]:
         cut, mixed, origin = fixed
@@ -314,7 +316,7 @@ def _break_ties(
     inside, equal = [], []
     for part, cut, end, mixed in zip(parts, cuts, ends, salts, strict=True):
         ties, places = part.key(part.arrays) == spread(part, cut), place_keys(part, mixed)
-        low, at = _count(part, [ties & (places < spread(part, end)), ties & (places == spread(part, end))])
+        low, at = count(part, [ties & (places < spread(part, end)), ties & (places == spread(part, end))])
         inside.append(limbs(low))
         equal.append(jnp.sum(at, axis=-1))
     missing = [minus(most, count) for most, count in zip(left, pool(inside), strict=True)]
@@ -327,7 +329,7 @@ def _break_ties(
     return ends, [(x.high > 0) | (x.low > n.astype(jnp.uint32)) for x, n in zip(missing, before_it, strict=True)]
 
 
-def _count(part: Scored, masks: Sequence[jax.Array]) -> jax.Array:
+def count(part: Scored, masks: Sequence[jax.Array]) -> jax.Array:
     """How many are set in each mask: int32 [masks, slices, pieces], pieces so small that int32 holds their counts.
 
     One reduction with many operands reads the leaf once and, on CPU, uses all cores and vector units.
@@ -368,7 +370,7 @@ def _carry(high: jax.Array, low: jax.Array) -> Limbs:
     return Limbs(high + (low >> 16), low & jnp.uint32(0xFFFF))
 
 
-def _together(counts: Sequence[Limbs]) -> list[Limbs]:
+def together(counts: Sequence[Limbs]) -> list[Limbs]:
     """For every part the sum over all slices (the last axis) of all parts."""
     if sum(count.low.shape[-1] for count in counts) > 2**15:
         raise ValueError("a tree of more than 2^15 slices: stack fewer, larger leaves")

@@ -168,12 +168,12 @@ def test_counts_beyond_int32_add_up_exactly():
     sums = counts.astype(object).sum(axis=2)
     assert [value(x) for x in parts] == [sums[:, :3].tolist(), sums[:, 3:].tolist()]
     total = sums.sum(axis=1)
-    assert value(select._together(parts)[1]) == total[:, None].tolist()
+    assert value(select.together(parts)[1]) == total[:, None].tolist()
     for k in (0, int(total[0]) - 1, int(total[0]), int(total[0]) + 1):
         most = select.Limbs(*(jnp.full(1, x, jnp.uint32) for x in divmod(k, 2**16)))
-        assert np.asarray(select.more(select._together(parts)[1], most))[0, 0] == (total[0] > k)
+        assert np.asarray(select.more(select.together(parts)[1], most))[0, 0] == (total[0] > k)
         if k <= total[0]:
-            less = select.minus(select.Limbs(*(x[0] for x in select._together(parts)[1])), most)
+            less = select.minus(select.Limbs(*(x[0] for x in select.together(parts)[1])), most)
             assert value(less) == [total[0] - k]
 
 
