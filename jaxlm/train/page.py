@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxlm.train.continual_page import continual_table, isolation_panels, numbers_section, scores_section
 from jaxlm.train.page_style import STYLE, TEMPLATE
 from jaxlm.train.pictures import COLOURS, Panel, Series, picture
 from jaxlm.train.reporter import read_metrics
+from jaxlm.train.scores import FILE, Scores
 
 _SHOWN_EVENTS = 60
 
@@ -24,6 +26,7 @@ class Run(NamedTuple):
       config: "run.steps" -> value; empty where the directory has no config.json.
       train, held_out: lines of metrics by step, the last one said for each step.
       events: lines in order.
+      scores: of every held-out record over its stages, if it has kept them.
     """
 
     name: str
@@ -31,19 +34,29 @@ class Run(NamedTuple):
     train: Mapping[int, Mapping[str, Any]]
     held_out: Mapping[int, Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
+    scores: Scores | None = None
 
 
-def write_page(directories: Iterable[str | Path], out: str | Path) -> Path:
+def write_page(directories: Iterable[str | Path], out: str | Path, *, specialists: Iterable[str | Path] = ()) -> Path:
     """Writes the page about these run directories and returns where it is.
 
-    Raises: ValueError if a directory holds no metrics.
+    Args:
+      specialists: directories of runs that trained on one task alone, to compare the learning of tasks with.
+    Raises: ValueError if a directory holds no metrics, or a specialist no scores.
     """
     runs = read_runs([Path(directory) for directory in directories])
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
-    part.write_text(render(runs))
+    part.write_text(render(runs, [Scores.read(directory) for directory in specialists]))
     return part.replace(out)
+
+
+def compare_runs(directories: Iterable[str | Path], *, specialists: Iterable[str | Path] = ()) -> str:
+    """The continual metrics of these runs as lines of text, a run a line; empty where none has kept its scores."""
+    runs = read_runs([Path(directory) for directory in directories])
+    scores = {run.name: run.scores for run in runs if run.scores is not None}
+    return continual_table(scores, [Scores.read(directory) for directory in specialists])
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
@@ -63,12 +76,13 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
                 {line["step"]: line for line in by_kind["train"]},
                 {line["step"]: line for line in by_kind["eval"]},
                 by_kind["event"],
+                Scores.read(directory) if (directory / FILE).is_file() else None,
             )
         )
     return runs
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[Run], specialists: Sequence[Scores] = ()) -> str:
     """The page as text."""
     names = [run.name for run in runs]
     metrics = sorted({name for run in runs for line in _all(run) for name in line})
@@ -82,9 +96,18 @@ def render(runs: Sequence[Run]) -> str:
         _panel("MFU", "share of the peak", "mfu", runs, from_zero=True),
         _panel("Memory, most so far", "GiB", "memory_gib", runs, from_zero=True, smooth=False),
     ]
+    scores = {run.name: run.scores for run in runs if run.scores is not None}
+    isolation = isolation_panels({run.name: run.train for run in runs})
     sections = [
+        _section(*numbers_section(scores, specialists, names)),
+        _section(*scores_section(scores)),
         _section("Before and after", "Held-out records under teacher forcing.", _before_and_after(runs, tasks)),
         _section("Loss", "Thin lines: training. Dots: held-out records.", picture("loss", losses, names)),
+        _section(
+            "What is held",
+            "Overlap: Jaccard index of held sets; grey: what two random sets of that size share.",
+            picture("held", isolation, names) if isolation else "",
+        ),
         _section("How it ran", _peaks(runs), picture("how", how, names)),
         _section("Where the time went", "Seconds outside the updates themselves, by event.", _times(runs)),
         _section("Config", "", _configs(runs)),
@@ -113,7 +136,7 @@ def _all(run: Run) -> list[Mapping[str, Any]]:
     return [*run.train.values(), *run.held_out.values()]
 
 
-def _panel(title: str, unit: str, metric: str, runs: Sequence[Run], **options: bool) -> Panel:
+def _panel(title: str, unit: str, metric: str, runs: Sequence[Run], **options: Any) -> Panel:
     """One metric of all runs, as trained and as held out."""
     series = {}
     for run in runs:

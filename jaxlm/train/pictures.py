@@ -6,7 +6,7 @@ A series is a run's name and its points; all runs of a page keep one colour and 
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -16,27 +16,28 @@ from matplotlib.figure import Figure
 # each through its variable, so that they stay readable on a dark ground.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
-_TEXT = "#123456"  # stands for the page's own text colour
+WIDTH = 10.8  # inches, of the page
+TEXT = "#123456"  # stands for the page's own text colour
 _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
-    "axes.edgecolor": _TEXT,
+    "axes.edgecolor": TEXT,
     "axes.grid": True,
-    "axes.labelcolor": _TEXT,
+    "axes.labelcolor": TEXT,
     "axes.labelsize": 9,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.titlecolor": _TEXT,
+    "axes.titlecolor": TEXT,
     "axes.titlelocation": "left",
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "font.size": 9,
     "grid.alpha": 0.18,
-    "grid.color": _TEXT,
+    "grid.color": TEXT,
     "legend.frameon": False,
     "svg.fonttype": "none",
-    "text.color": _TEXT,
-    "xtick.color": _TEXT,
-    "ytick.color": _TEXT,
+    "text.color": TEXT,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
 }
 
 
@@ -49,13 +50,17 @@ class Series(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One small picture: series by run name; `smooth` draws the running mean of noisy points over them."""
+    """One small picture: series by run name; `smooth` draws the running mean of noisy points over them.
+
+    `chance` are series to compare with, drawn thin and grey.
+    """
 
     title: str
     unit: str
     series: Mapping[str, Sequence[Series]]
     from_zero: bool = False
     smooth: bool = True
+    chance: Sequence[Series] = ()
 
 
 def picture(name: str, panels: Sequence[Panel], runs: Sequence[str], *, columns: int = 3) -> str:
@@ -69,13 +74,22 @@ def picture(name: str, panels: Sequence[Panel], runs: Sequence[str], *, columns:
     """
     columns = 2 if len(panels) == 4 else min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=(10.8, 2.6 * rows), layout="constrained")
+
+    def draw(figure: Figure) -> None:
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axis, panel in zip(axes, panels, strict=False):
             _draw(axis, panel, runs)
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
+
+    return drawing(name, draw, height=2.6 * rows)
+
+
+def drawing(name: str, draw: Callable[[Figure], None], *, height: float, width: float = WIDTH) -> str:
+    """What `draw` puts on a figure, as SVG text in the page's style; sizes in inches."""
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _restyle(out.getvalue(), name)
@@ -93,6 +107,8 @@ def _draw(axis, panel: Panel, runs: Sequence[str]) -> None:
             drawn += len(points)
             if points:
                 _line(axis, [x for x, _ in points], [y for _, y in points], series.held_out, look, panel.smooth)
+    for series in panel.chance if drawn else ():
+        axis.plot(series.steps, series.values, color=TEXT, linewidth=0.9, alpha=0.5)
     if not drawn:
         axis.text(0.5, 0.5, "nothing reported", ha="center", va="center", transform=axis.transAxes, alpha=0.6)
         axis.set_yticks([])
@@ -119,9 +135,21 @@ def _running_mean(values: Sequence[float], width: int) -> list[float]:
 
 def _restyle(svg: str, name: str) -> str:
     """The drawing alone, scalable, with the page's colours instead of fixed ones and ids of its own."""
-    svg = svg[svg.index("<svg") :].replace(_TEXT, "currentColor")
+    svg = svg[svg.index("<svg") :].replace(TEXT, "currentColor")
     for index, colour in enumerate(COLOURS):
         svg = svg.replace(colour, f"var(--run{index})")
-    for kind in ("figure_", "axes_", "patch_", "line2d_", "text_", "matplotlib.axis_", "xtick_", "ytick_"):
+    for kind in (
+        "figure_",
+        "axes_",
+        "patch_",
+        "line2d_",
+        "LineCollection_",
+        "PathCollection_",
+        "PolyCollection_",
+        "text_",
+        "matplotlib.axis_",
+        "xtick_",
+        "ytick_",
+    ):
         svg = svg.replace(f'id="{kind}', f'id="{name}-{kind}')
     return svg

@@ -14,6 +14,7 @@ from jaxlm.train.held_out import Items
 from jaxlm.train.score_matrix import ScoreMatrix
 
 FILE = "scores.npz"
+Kind = Literal["accuracy", "nll", "exact"]
 
 
 class _Column(NamedTuple):
@@ -102,7 +103,7 @@ class Scores:
 
     def matrix(
         self,
-        kind: Literal["accuracy", "nll", "exact"] = "accuracy",
+        kind: Kind = "accuracy",
         *,
         items: Literal["even", "odd"] | None = None,
     ) -> ScoreMatrix:

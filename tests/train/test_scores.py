@@ -96,7 +96,9 @@ def test_a_table_that_begins_after_training_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no column is recorded yet"):
         scores.matrix()
     scores.record("one", BEFORE, learned=[0])
-    with pytest.raises(ValueError, match=r"first column, .one., comes after.*: forgetting of base abilities needs column 0"):
+    with pytest.raises(
+        ValueError, match=r"first column, .one., comes after.*: forgetting of base abilities needs column 0"
+    ):
         scores.matrix()
     with pytest.raises(ValueError, match='scores are "accuracy", "nll" or "exact", got \'loss\''):
         scores.matrix("loss")
