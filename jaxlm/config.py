@@ -79,37 +79,109 @@ class RunConfig:
             raise ValueError('a model made from random numbers brings no tokenizer: set tokenizer="bytes" or a folder')
 
 
+ALONE = "alone"  # the arm of a task's specialist is "alone/<task>"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Arms that differ in their method alone.
+
+    Every arm is trained once at each learning rate with the first seed; the rate with the best mean final accuracy on
+    one half of the held-out records is kept, all seeds are trained at it, and the other half is what is reported.
+
+    Attributes:
+      base: a run whose finished model all arms start from; None: they start from `run.model`.
+      run: what the arms share: data, steps, batch, mesh; its `run.directory` is the comparison's. Its method, SFT, is
+        that of the specialists, who learn one task alone in the updates that a stage has.
+      arms: name -> method.
+      learning_rates: at least three, so that the best can lie inside.
+      scale: arm -> what its rates are multiplied by; adapters want larger ones.
+      seeds: of data order; at least two.
+      plain: the arm without any isolation, which the others are compared with.
+      controls: arm -> the arm of equal size and schedule that it must beat.
+      joint: the arm that trains on all tasks at once, or "".
+    """
+
+    base: RunConfig | None = None
+    run: RunConfig
+    arms: Mapping[str, Any]
+    learning_rates: tuple[float, ...]
+    scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    seeds: tuple[int, ...]
+    plain: str
+    controls: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    joint: str = ""
+
+    def __post_init__(self):
+        if len(self.learning_rates) < 3:
+            raise ValueError(f"give at least three learning rates to choose from, got {self.learning_rates}")
+        if len(self.seeds) < 2:
+            raise ValueError(f"give at least two seeds, got {self.seeds}: with one, intervals cover items only")
+        named = {self.plain, *self.controls, *self.controls.values(), *self.scale} | ({self.joint} - {""})
+        if unknown := sorted(named - set(self.arms)):
+            raise ValueError(f"no arm {unknown}; there are {', '.join(self.arms)}")
+        if not self.run.run.directory:
+            raise ValueError("a comparison needs a directory: set run.directory")
+
+    @property
+    def directory(self) -> Path:
+        """Where it lives."""
+        return Path(self.run.run.directory)
+
+    @property
+    def trained(self) -> list[str]:
+        """The tasks that the arms are trained on."""
+        return [task.name for task in self.run.data.tasks if task.train is not None]
+
+    def methods(self) -> dict[str, Any]:
+        """All arms, the specialists among them."""
+        return {**self.arms, **{f"{ALONE}/{task}": self.run.method for task in self.trained}}
+
+    def rates(self, arm: str) -> list[float]:
+        """The learning rates that an arm chooses from."""
+        return [rate * self.scale.get(arm, 1.0) for rate in self.learning_rates]
+
+
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """The config that a config file returns, or that a run directory stored, with overrides such as `run.steps=200`.
 
     Raises: ValueError that names the file, and the line where it is the file's own mistake.
     """
     path = Path(path)
-    config = read_config(path) if path.is_dir() else _run_file(path)
+    config = read_config(path) if path.is_dir() else _run_file(path, RunConfig)
     return override(config, overrides)
 
 
-def _run_file(path: Path) -> RunConfig:
+def load_comparison(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
+    """The comparison that a config file returns, with overrides such as `run.run.steps=200`.
+
+    Raises: as `load_config`.
+    """
+    return override(_run_file(Path(path), Comparison), overrides)
+
+
+def _run_file(path: Path, kind: type) -> Any:
+    function = {RunConfig: "get_config", Comparison: "get_comparison"}[kind]
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise ValueError(f"there is no config file {path}" + (f"; {path.parent} has {', '.join(near)}" if near else ""))
     name = f"jaxlm_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if path.suffix != ".py" or spec is None or spec.loader is None:
-        raise ValueError(f"a config file is Python, with a function get_config() -> RunConfig; got {path}")
+        raise ValueError(f"a config file is Python, with a function {function}() -> {kind.__name__}; got {path}")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise ValueError(f"{path} has no function get_config() -> RunConfig")
-        config = module.get_config()
+        if not hasattr(module, function):
+            raise ValueError(f"{path} has no function {function}() -> {kind.__name__}")
+        config = getattr(module, function)()
     except SyntaxError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from error
     except (TypeError, NameError, AttributeError) as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
         raise ValueError(f"{path}, line {lines[-1] if lines else '?'}: {error}") from error
-    if not isinstance(config, RunConfig):
-        raise ValueError(f"get_config() of {path} must return a RunConfig, got {type(config).__name__}")
+    if not isinstance(config, kind):
+        raise ValueError(f"{function}() of {path} must return a {kind.__name__}, got {type(config).__name__}")
     return config
 
 
@@ -204,7 +276,16 @@ def diff(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def check_resumable(stored: RunConfig, config: RunConfig) -> None:
-    """Refuses to go on with a run under another config; the fields of MAY_CHANGE may differ."""
+    """Refuses to go on with a run under another config; the fields of MAY_CHANGE may differ.
+
+    A method that divides `run.steps` among stages (it has `total_steps`) cannot be made longer: its stages would be
+    others.
+    """
+    if hasattr(config.method, "total_steps") and stored.run.steps != config.run.steps:
+        raise ValueError(
+            f"run.steps was {stored.run.steps} and is now {config.run.steps}: {type(config.method).__name__} divides "
+            "them among its stages, and those in the directory are of another length; use another directory"
+        )
     changed = {
         p: v for p, v in diff(stored, config).items() if not any((p + ".").startswith(m + ".") for m in MAY_CHANGE)
     }

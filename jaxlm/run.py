@@ -26,6 +26,7 @@ from jaxlm.train.mesh import check_rows, constrainer, make_mesh, row_devices, sh
 from jaxlm.train.page import write_page
 from jaxlm.train.phase import Params
 from jaxlm.train.reporter import SILENT, Reporter, RunReporter
+from jaxlm.train.scores import Scores
 from jaxlm.train.throughput import peak
 
 _DECIDE_ROWS = ("length", "packing", "prompts", "on_bad", "on_long")  # fields of DataConfig; sources may be elsewhere
@@ -67,8 +68,41 @@ def run(config: RunConfig) -> Result:
     model, params = load_model(config, mesh, vocabulary=train_rows.vocab_size)
     if first:
         print(train_rows.summary(), flush=True)
-    reporter = _reporter(config, model) if first else SILENT
-    job = Job(
+    total = total_steps(config.method, config.run.steps, sum(task.train is not None for task in config.data.tasks))
+    reporter = _reporter(config, model, total) if first else SILENT
+    scores = Scores(directory, config.data.task_names)
+    job = make_job(config, mesh, model, params, train_rows, test_rows, reporter, scores)
+    try:
+        summary = _read_summary(directory)
+        if "before" not in summary:
+            summary = {"before": job.score("before", model, params, step=0)}
+            _write_summary(directory, summary, write=first)
+        trained = config.method.run(job)
+        if summary.get("steps") != config.run.steps:
+            summary |= {"after": score_after(job, trained, steps=total), "steps": config.run.steps}
+            _write_summary(directory, summary, write=first)
+    finally:
+        reporter.close()
+    if directory is not None:
+        _export(directory / "model", model, trained, tokenizer, write=first)
+        if first:
+            write_page([directory], directory / "report.html")
+    return Result(Model(model.config), trained, summary["before"], summary["after"])
+
+
+def make_job(
+    config: RunConfig,
+    mesh: Mesh,
+    model: Model,
+    params: Params,
+    train_rows: Prepared,
+    test_rows: Prepared,
+    reporter: Reporter,
+    scores: Scores,
+) -> Job:
+    """What the config's method is handed: its data as streams, its model, its means to train and to report."""
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    return Job(
         model=model,
         params=params,
         task_names=config.data.task_names,
@@ -80,36 +114,14 @@ def run(config: RunConfig) -> Result:
             seed=config.run.seed,
             tasks=tasks,
             weights=config.data.weights if weights is None else weights,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            **processes,
         ),
-        held_out=lambda: finite_batches(
-            test_rows,
-            batch_size=config.run.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ),
+        held_out=lambda: finite_batches(test_rows, batch_size=config.run.batch_size, **processes),
         reporter=reporter,
         describe=train_rows.describe,
+        rows={name: train_rows.num_rows(name) for name in config.data.task_names if train_rows.num_rows(name)},
+        scores=scores,
     )
-    try:
-        summary = _read_summary(directory)
-        if "before" not in summary:
-            summary = {"before": job.evaluate(model, params)}
-            reporter.evaluation(0, summary["before"])
-            _write_summary(directory, summary, write=first)
-        trained = config.method.run(job)
-        if summary.get("steps") != config.run.steps:
-            summary |= {"after": job.evaluate(model, trained), "steps": config.run.steps}
-            reporter.evaluation(config.run.steps, summary["after"])
-            _write_summary(directory, summary, write=first)
-    finally:
-        reporter.close()
-    if directory is not None:
-        _export(directory / "model", model, trained, tokenizer, write=first)
-        if first:
-            write_page([directory], directory / "report.html")
-    return Result(Model(model.config), trained, summary["before"], summary["after"])
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast:
@@ -177,11 +189,23 @@ def _find_prepared(config: RunConfig, tokenizer: PreTrainedTokenizerFast, split:
     return prepared
 
 
-def _reporter(config: RunConfig, model: Model) -> Reporter:
+def total_steps(method: Any, steps: int, num_tasks: int) -> int:
+    """Updates of a whole run: `run.steps`, unless the method makes more of them and says so in `total_steps`."""
+    return method.total_steps(steps, num_tasks) if hasattr(method, "total_steps") else steps
+
+
+def score_after(job: Job, params: Params, *, steps: int) -> dict[str, float]:
+    """The last column of a run's scores: it is the one that the tasks no earlier column taught were learnt in."""
+    columns = [tasks for column, tasks in job.scores.learned.items() if column != "after"]
+    earlier = {job.task_names[task] for tasks in columns for task in tasks}
+    return job.score("after", job.model, params, step=steps, learned=[t for t in job.rows if t not in earlier])
+
+
+def _reporter(config: RunConfig, model: Model, steps: int) -> Reporter:
     length = config.data.length
     return RunReporter(
         config.run.directory,
-        config.run.steps,
+        steps,
         flops_per_token=3 * model_flops(model.config, tokens=length, length=length) / length,
         peak=peak(jax.devices(), tflops=config.run.peak_tflops),
     )

@@ -17,8 +17,11 @@ def shrink(config: RunConfig) -> RunConfig:
 
     Choices stay (norms, tied heads, adapters, mixtures); numbers that cost time become small. A pretrained model
     becomes a random one, its tokenizer the byte tokenizer, and every source but the built-in generators a few rows
-    made up here, so nothing is read from outside. A method with stages says how it shrinks in a method `shrunk()`.
+    made up here, so nothing is read from outside. A method says how its own numbers shrink in a method `shrunk()`; one
+    with stages gets two updates a task.
     """
+    staged = hasattr(config.method, "total_steps")
+    num_tasks = sum(task.train is not None for task in config.data.tasks)
     micro_batches = min(config.run.micro_batches, 2)
     return dataclasses.replace(
         config,
@@ -28,7 +31,7 @@ def shrink(config: RunConfig) -> RunConfig:
         method=config.method.shrunk() if hasattr(config.method, "shrunk") else config.method,
         run=dataclasses.replace(
             config.run,
-            steps=2,
+            steps=2 * num_tasks if staged else 2,
             batch_size=DEVICES * micro_batches,
             micro_batches=micro_batches,
             log_every=1,
@@ -64,7 +67,8 @@ def _data(data: DataConfig) -> DataConfig:
 
 def _task(task: Task) -> Task:
     test = None if task.test is None else _source(task.test, first=1000, count=8)
-    return dataclasses.replace(task, train=_source(task.train, first=0, count=24), test=test)
+    train = None if task.train is None else _source(task.train, first=0, count=24)
+    return dataclasses.replace(task, train=train, test=test)
 
 
 def _source(source: Source, *, first: int, count: int) -> Source:

@@ -16,7 +16,9 @@ ROWS = (
     ("methods",),
     ("config",),
     ("run", "shrink"),
-    ("evaluation",),
+    ("evaluation", "comparison"),
+    ("comparison_report",),
+    ("comparison_page",),
 )
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 FLAX = {"nn", "checkpoints"}

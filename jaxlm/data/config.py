@@ -75,7 +75,7 @@ class Task:
     """One named task of a mixture; losses and metrics are reported by its name."""
 
     name: str  # no "/": names end up in metrics as loss/<name>
-    train: Source
+    train: Source | None  # None: held out only, to see what training on the other tasks does to it
     test: Source | None = None
     weight: float = 1.0  # > 0, share of the rows drawn, relative to the other tasks
 
@@ -85,6 +85,8 @@ class Task:
         if not self.weight > 0:
             raise ValueError(f"weight of task {self.name!r} must be positive, got {self.weight}; leave the task out")
         train, test = self.train, self.test
+        if train is None and test is None:
+            raise ValueError(f"task {self.name!r} has neither a train nor a test source")
         if not (isinstance(train, ReasoningGym) and isinstance(test, ReasoningGym)):
             return
         meet = train.seed < test.seed + test.size and test.seed < train.seed + train.size

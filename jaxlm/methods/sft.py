@@ -5,6 +5,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import jax
+import optax
 
 from jaxlm.losses.next_token import next_token_terms
 from jaxlm.nn.config import Lora
@@ -41,6 +42,11 @@ class Sft:
         """The model that this method trains: with the adapters' scale when there are adapters."""
         return model if self.lora is None else adapted(model, self.lora)
 
+    def tx(self, steps: int, *, num_tasks: int = 0) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of a stage of `steps` updates, for `phase._replace(tx=...)`: its compiled step is the same."""
+        tx = make_optimizer(self.optimizer, steps)
+        return tx if self.lora is None else freeze(tx, ADAPTERS_ONLY)
+
     def phase(self, model: Model, *, num_tasks: int, steps: int) -> Phase:
         """SFT as a phase; other methods replace its slots.
 
@@ -64,13 +70,12 @@ class Sft:
                 groups=model.row_groups,
             )
 
-        tx = make_optimizer(self.optimizer, steps)
         if self.lora is None:
-            return Phase(loss_fn, tx)
+            return Phase(loss_fn, self.tx(steps))
         lora = self.lora
         return Phase(
             loss_fn,
-            freeze(tx, ADAPTERS_ONLY),
+            self.tx(steps),
             prepare=lambda params, rng: add_lora(params, lora, rng),
             finish=lambda params: merge_lora(params, lora.scale),
         )

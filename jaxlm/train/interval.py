@@ -15,12 +15,13 @@ class Interval:
 
     Args:
       task_names: for terms that are vectors, "x_by_task" becomes "x/<task>".
-      tokens: those of the run so far, in a segment.
+      tokens, trained_tokens: those of the stage so far: in a segment, and as the loss weighs them.
     """
 
-    def __init__(self, task_names: Sequence[str], tokens: int = 0):
+    def __init__(self, task_names: Sequence[str], tokens: int = 0, trained_tokens: float = 0.0):
         self._task_names = task_names
         self._tokens = tokens
+        self.trained_tokens = trained_tokens
         self._clear()
 
     def _clear(self) -> None:
@@ -33,7 +34,7 @@ class Interval:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens in a segment since the run began."""
+        """Tokens in a segment since the stage began."""
         return self._tokens + self._counted
 
     def add(self, metrics: Mapping[str, Any]) -> None:
@@ -43,8 +44,9 @@ class Interval:
             self._sums[name] = self._sums.get(name, 0.0) + part
             self._weights[name] = self._weights.get(name, 0.0) + weight.astype(np.float64)
         last = ("objective", "gradient_norm", "update_norm", "learning_rate")
-        self._last = {name: float(metrics[name]) for name in last if name in metrics}
+        self._last = {n: float(value) for n, value in metrics.items() if n in last or n.startswith("isolation/")}
         self._counted += int(metrics.get("tokens", 0))
+        self.trained_tokens += float(metrics["weights"].get("loss", 0.0))
         self.updates += 1
 
     def leave_out(self, seconds: float) -> None:
@@ -52,7 +54,7 @@ class Interval:
         self._begin += seconds
 
     def report(self) -> dict[str, float]:
-        """Means over the weights of the interval, norms and rate of its last update; then a new interval begins."""
+        """Means over the weights of the interval; norms, rate and held set of its last update; then a new interval."""
         line: dict[str, float] = {}
         for name, total in self._sums.items():
             weight = self._weights[name]

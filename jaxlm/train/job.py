@@ -1,17 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method is handed: a model, its parameters, its data, and the one `train` bound to the run's options."""
+"""What a method is handed: a model, its parameters, its data, and the one `train` bound to the run's options.
+
+Whatever a method of several stages makes is kept in the run directory, so that the same command goes on where it was:
+
+checkpoints/<stage>   states, from `train`
+kept/<name>           trees of arrays, from `once`: cores, fused weights
+<name>.json           what people want to read, from `note`: groups and their overlaps
+scores.npz            held-out scores of every record after every stage, from `score`
+"""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from jaxlm.checkpoints.runs import RunCheckpoints
 from jaxlm.nn.decoder import Model
-from jaxlm.train.held_out import evaluate
+from jaxlm.train.held_out import evaluate, item_metrics, score_items
 from jaxlm.train.loop import train
 from jaxlm.train.options import RunOptions
 from jaxlm.train.phase import Params, Phase
+from jaxlm.train.scores import Scores
 from jaxlm.train.state import State
 
 
@@ -29,6 +42,9 @@ class Job:
       held_out: `() -> iterable` of evaluation batches, each held-out row once.
       reporter: where metrics and events go.
       describe: `(task_id, record_id) -> str`, a record's place in its source.
+      rows: task -> rows to train on, of those that have any.
+      scores: the run's held-out scores by record and stage; column 0 comes before training.
+      kept: what `once` made in a run without a directory.
     """
 
     model: Model
@@ -40,10 +56,65 @@ class Job:
     held_out: Callable[[], Iterable[Any]]
     reporter: Any
     describe: Callable[[int, int], str]
+    rows: Mapping[str, int]
+    scores: Scores
+    kept: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def evaluate(self, model: Model, params: Params) -> dict[str, float]:
         """Held-out metrics: loss, and per task loss, perplexity and exact match."""
         return evaluate(model, params, self.held_out(), self.task_names, mesh=self.mesh)
+
+    def score(
+        self, column: str, model: Model, params: Params, *, step: int, learned: Sequence[str] = ()
+    ) -> dict[str, float]:
+        """Held-out metrics, reported, and the scores of every record as a column of the run's matrix.
+
+        Args:
+          column: the stage that has just ended; one of that name is replaced.
+          step: updates of the run so far.
+          learned: the tasks that this stage taught.
+        """
+        items = score_items(model, params, self.held_out(), mesh=self.mesh)
+        metrics = item_metrics(items, self.task_names)
+        self.reporter.evaluation(step, metrics)  # before the column is kept: what is kept is not scored again
+        self.scores.record(column, items, learned=[list(self.task_names).index(task) for task in learned])
+        return metrics
+
+    def once(self, name: str, make: Callable[[], Any], like: Any, *, stage: str = "") -> Any:
+        """What `make` returns, made once in a run: later, and when the run is resumed, it comes from the disk.
+
+        Args:
+          name: unique in a run.
+          make: a tree of arrays.
+          like: its shapes, dtypes and shardings.
+          stage: whose checkpoints are of no use once the tree is kept, and go.
+        """
+        if not self.options.directory:
+            if name not in self.kept:
+                self.kept[name] = make()
+            return self.kept[name]
+        kept = RunCheckpoints(pathlib.Path(self.options.directory) / "kept" / name, keep_last=1)
+        try:
+            restored = kept.restore(like)
+            if restored is not None:
+                return restored.state
+            tree = make()
+            kept.save(0, tree, background=False)
+        finally:
+            kept.close()
+        if stage and jax.process_index() == 0:
+            shutil.rmtree(pathlib.Path(self.options.directory) / "checkpoints" / stage, ignore_errors=True)
+        return tree
+
+    def note(self, name: str, value: Any, text: str) -> None:
+        """Prints a plan, a table, a decision as `text`, and writes it as JSON to `<name>.json` in the run directory."""
+        if jax.process_index():
+            return
+        print(text, flush=True)
+        if self.options.directory:
+            part = pathlib.Path(self.options.directory) / f"{name}.json.part"
+            part.write_text(json.dumps(value, indent=1) + "\n")
+            part.replace(part.with_suffix(""))
 
     def train(
         self,
@@ -54,6 +125,7 @@ class Job:
         records: Any = None,
         steps: int | None = None,
         stage: str = "train",
+        first_step: int = 0,
     ) -> State:
         """Runs one phase with the run's options; a stage that is already on disk is resumed or returned at once.
 
@@ -64,6 +136,7 @@ class Job:
           records: what `phase.batches` is given; None: the configured mixture.
           steps: updates; None: `options.steps`.
           stage: names the checkpoints; unique within a run.
+          first_step: updates of the run before this stage, where `start` is parameters.
         """
         trained = self.model if model is None else model
         return train(
@@ -74,6 +147,7 @@ class Job:
             mesh=self.mesh,
             steps=steps,
             stage=stage,
+            first_step=first_step,
             evaluate=lambda params: self.evaluate(trained, params),
             reporter=self.reporter,
             describe=self.describe,

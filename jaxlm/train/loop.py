@@ -18,6 +18,7 @@ from jaxlm.checkpoints.runs import RunCheckpoints, leaves_of
 from jaxlm.nn.axes import logical_axes
 from jaxlm.train.interval import Interval, check_update, records_of
 from jaxlm.train.mesh import check_rows, rows, shardings
+from jaxlm.train.optimizer import rescheduled
 from jaxlm.train.options import RunOptions
 from jaxlm.train.phase import Params, Phase
 from jaxlm.train.program import program
@@ -37,6 +38,7 @@ def train(
     mesh: jax.sharding.Mesh,
     steps: int | None = None,
     stage: str = "train",
+    first_step: int = 0,
     evaluate: Callable[[Params], Mapping[str, float]] | None = None,
     reporter: Reporter = SILENT,
     describe: Callable[[int, int], str] | None = None,
@@ -54,6 +56,8 @@ def train(
       options: batch size, seed, intervals, directory.
       mesh: of all processes.
       steps: updates of this stage; None: `options.steps`.
+      first_step: number of updates before this stage, for parameters; a state knows its own. Reports and keys of all
+        stages then follow each other.
       stage: its checkpoints lie in `<directory>/checkpoints/<stage>`; unique in a run. A stage found finished there
         is restored and returned at once.
       evaluate: held-out metrics of parameters, every `options.evaluate_every` updates. Before and after are the
@@ -69,8 +73,8 @@ def train(
     check_rows(mesh, options.batch_size, options.micro_batches)
     if options.keep_best and not (options.evaluate_every and evaluate):
         raise ValueError(f"keep_best {options.keep_best!r} needs held-out metrics: set run.evaluate_every")
-    likes, make = plan(phase, start, mesh=mesh, seed=options.seed, stage=stage, axes=axes)
-    first = int(start.step) if isinstance(start, State) else 0
+    first = int(start.step) if isinstance(start, State) else first_step
+    likes, make = plan(phase, start, mesh=mesh, seed=options.seed, stage=stage, axes=axes, first_step=first)
     last = first + (options.steps if steps is None else steps)
     saves = None
     if options.directory:
@@ -87,15 +91,17 @@ def train(
     at = restored.step if restored else first
     if at > last:
         raise ValueError(f"stage {stage!r} stands at step {at}, beyond the {last} asked for: use another directory")
-    if restored or isinstance(start, State) or stage == "train":
-        reporter.rewind(at)
+    if at == last:  # what later stages have reported stays
+        if saves:
+            saves.close()
+        return state
+    reporter.rewind(at)
     if restored:
         reporter.event("restore", step=at, stage=stage, seconds=time.perf_counter() - begin)
-    if saves and restored and at == last:
-        saves.close()
-        return state
-    run = _Run(phase, state, at, last, options, mesh, likes, saves, reporter, describe)
-    run.interval = Interval(task_names, restored.data_state["tokens"] if restored else 0)
+        state = state._replace(opt_state=rescheduled(state.opt_state, phase.tx, state.params))
+    run = _Run(phase, stage, state, at, last, options, mesh, likes, saves, reporter, describe)
+    so_far = {name: restored.data_state[name] for name in ("tokens", "trained_tokens")} if restored else {}
+    run.interval = Interval(task_names, **so_far)
     run.open(records, restored.data_state["stream"] if restored else None)
     try:
         with Notice() as notice:
@@ -109,7 +115,14 @@ def train(
 
 
 def plan(
-    phase: Phase, start: Params | State, *, mesh: jax.sharding.Mesh, seed: int, stage: str, axes: Callable
+    phase: Phase,
+    start: Params | State,
+    *,
+    mesh: jax.sharding.Mesh,
+    seed: int,
+    stage: str,
+    axes: Callable,
+    first_step: int,
 ) -> tuple[State, Callable[[], State]]:
     """Shapes and shardings of the state, and a function that makes it."""
     if isinstance(start, State):
@@ -131,7 +144,8 @@ def plan(
         # Stages draw from keys of their own. Made in here, because a key cannot be put across processes.
         key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(stage.encode())))
         key, prepare_key = jax.random.split(key)
-        return make_state(copied(phase.prepare(params, prepare_key)), phase.tx, key)
+        state = make_state(copied(phase.prepare(params, prepare_key)), phase.tx, key)
+        return state._replace(step=jnp.int32(first_step))
 
     shapes = jax.eval_shape(init, start)
     places = state_shardings(phase.tx, shapes.params, shardings(mesh, axes(shapes.params), shapes.params), mesh)
@@ -159,8 +173,8 @@ class _Run:
     interval: Interval
     batches: Iterator
 
-    def __init__(self, phase, state, step, last, options, mesh, likes, saves, reporter, describe):
-        self.phase, self.state, self.step, self.last = phase, state, step, last
+    def __init__(self, phase, stage, state, step, last, options, mesh, likes, saves, reporter, describe):
+        self.phase, self.stage, self.state, self.step, self.last = phase, stage, state, step, last
         self.options, self.mesh, self.saves = options, mesh, saves
         self.reporter, self.describe = reporter, describe
         places = jax.tree.map(lambda x: x.sharding, likes)
@@ -240,6 +254,9 @@ class _Run:
         metrics: Mapping[str, float] = {}
         if evaluate and options.evaluate_every and self.step % options.evaluate_every == 0:
             metrics = self.evaluate(evaluate)
+        if done:
+            tokens, trained = self.interval.total_tokens, round(self.interval.trained_tokens)
+            self.reporter.event("stage", step=self.step, stage=self.stage, tokens=tokens, trained_tokens=trained)
         told = notice.reached(self.step)
         # Remembered, not read from the disk: all processes must decide alike, and a save may be on its way.
         best = metrics.get(options.keep_best, math.inf) < self.best
@@ -267,7 +284,8 @@ class _Run:
         """Saves the state, known to be finite."""
         self.read(0)
         stream = self.stream.get_state()
-        data_state = {"stream": stream, "tokens": self.interval.total_tokens}
+        tokens, trained = self.interval.total_tokens, self.interval.trained_tokens
+        data_state = {"stream": stream, "tokens": tokens, "trained_tokens": trained}
         seconds = self.saves.save(self.step, self.state, data_state=data_state, metrics=metrics, background=background)
         self.interval.leave_out(seconds)
         self.reporter.event("save", step=self.step, seconds=seconds)

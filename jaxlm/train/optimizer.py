@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW as an optax transformation: clipping, moments, decay by path rules, and a schedule that tells its rate."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,24 +16,67 @@ from jaxlm.weights.names import named_leaves, path_of
 
 
 class FollowState(NamedTuple):
-    """State of `follow`: `count` int32, updates done; `learning_rate` float32, of the last update."""
+    """State of `follow`.
+
+    Attributes:
+      count: int32, updates done.
+      learning_rate: float32, of the last update.
+      spans: int32 [3], where the schedule bends, as `spans_of` tells. It is state, so that stages of unequal length
+        share one compiled step.
+    """
 
     count: jax.Array  # type: ignore[assignment]  # optax's name, though tuples have a method of it
     learning_rate: jax.Array
+    spans: jax.Array
 
 
-def follow(rate: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformation:
-    """Scales by minus `rate(count)` and keeps the rate in its state, where the train step finds and reports it."""
+def follow(options: AdamW) -> optax.GradientTransformation:
+    """Scales by minus the schedule's rate and keeps it in its state, where the train step finds and reports it."""
 
     def init(params: Any) -> FollowState:
-        return FollowState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+        return FollowState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), jnp.zeros(3, jnp.int32))
 
     def update(updates: Any, state: FollowState, params: Any = None) -> tuple[Any, FollowState]:
-        now = jnp.asarray(rate(state.count), jnp.float32)
+        now = jnp.asarray(rate_at(options, state.count, state.spans, xp=jnp), jnp.float32)
         updates = jax.tree.map(lambda u: u * (-now).astype(u.dtype), updates)
-        return updates, FollowState(optax.safe_increment(state.count), now)
+        return updates, FollowState(optax.safe_increment(state.count), now, state.spans)
 
     return optax.GradientTransformation(init, update)
+
+
+def spans_of(options: AdamW, steps: int) -> tuple[int, int, int]:
+    """(updates of warm-up, update at which the decay begins, updates that it lasts) of a schedule over `steps`.
+
+    Raises: ValueError for numbers out of range.
+    """
+    for name in ("warmup", "decay", "final"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(f"{name} is a fraction in [0, 1], got {getattr(options, name)}")
+    if options.learning_rate < 0 or steps < 1:
+        raise ValueError(f"need learning_rate >= 0 and steps >= 1, got {options.learning_rate} and {steps}")
+    if options.schedule not in SCHEDULES:
+        raise ValueError(f"schedule is constant, linear, cosine or wsd, got {options.schedule!r}")
+    num_warmup = round(options.warmup * steps)
+    begin = num_warmup
+    if options.schedule == "wsd":
+        begin = max(num_warmup, steps - round(options.decay * steps))
+    return num_warmup, begin, max(1, steps - begin)
+
+
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+
+
+def rate_at(options: AdamW, step: Any, spans: Any, *, xp: Any) -> Any:
+    """The rate of update `step` of a schedule with those spans."""
+    num_warmup, begin, length = spans
+    t = xp.clip((step - begin) / length, 0.0, 1.0)
+    if options.schedule == "constant":
+        level = xp.ones_like(t)
+    elif options.schedule == "cosine":
+        level = options.final + (1 - options.final) * 0.5 * (1 + xp.cos(np.pi * t))
+    else:
+        level = 1 - (1 - options.final) * t
+    return options.learning_rate * xp.minimum(1.0, (step + 1) / xp.maximum(1, num_warmup)) * level
 
 
 def learning_rate(options: AdamW, steps: int, *, xp: Any = np) -> Callable[[Any], Any]:
@@ -52,33 +96,14 @@ def learning_rate(options: AdamW, steps: int, *, xp: Any = np) -> Callable[[Any]
     >>> [round(float(rate(step)), 3) for step in range(10)]
     [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
     """
-    for name in ("warmup", "decay", "final"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise ValueError(f"{name} is a fraction in [0, 1], got {getattr(options, name)}")
-    if options.learning_rate < 0 or steps < 1:
-        raise ValueError(f"need learning_rate >= 0 and steps >= 1, got {options.learning_rate} and {steps}")
-    num_warmup = round(options.warmup * steps)
-    begin = num_warmup
-    if options.schedule == "wsd":
-        begin = max(num_warmup, steps - round(options.decay * steps))
-    length = max(1, steps - begin)
-    peak, final = options.learning_rate, options.final
+    spans = spans_of(options, steps)
+    return lambda step: rate_at(options, step, spans, xp=xp)
 
-    def rate(step: Any) -> Any:
-        t = xp.clip((step - begin) / length, 0.0, 1.0)
-        if options.schedule == "constant":
-            level = xp.ones_like(t)
-        elif options.schedule == "cosine":
-            level = final + (1 - final) * 0.5 * (1 + xp.cos(np.pi * t))
-        elif options.schedule in ("linear", "wsd"):
-            level = 1 - (1 - final) * t
-        else:
-            raise ValueError(f"schedule is constant, linear, cosine or wsd, got {options.schedule!r}")
-        warm = xp.minimum(1.0, (step + 1) / max(1, num_warmup))
-        return peak * warm * level
 
-    rate(0)
-    return rate
+def rescheduled(opt_state: Any, tx: optax.GradientTransformation, params: Any) -> Any:
+    """An optimizer state that follows the schedule of `tx` from where it stands: a resumed run may be made longer."""
+    found = jax.jit(lambda p: [spans for _, spans in optax.tree.get_all_with_path(tx.init(p), "spans")])(params)
+    return optax.tree.set(opt_state, spans=found[0]) if found else opt_state
 
 
 def decay_mask(options: AdamW) -> Callable[[Any], Any]:
@@ -107,16 +132,27 @@ def make_optimizer(options: AdamW, steps: int) -> optax.GradientTransformationEx
 
     Args:
       options: the numbers.
-      steps: updates that the schedule spans.
+      steps: updates that the schedule spans. They lie in the state: for equal options the `update` is one function,
+        whatever the steps, and stages that share it share a compiled step.
 
     Source: Loshchilov and Hutter 2017, arXiv:1711.05101, algorithm 2, with decay inside the learning rate, as in
     optax.adamw.
     """
+    spans, tx = spans_of(options, steps), _adamw(options)
+
+    def init(params: Any) -> Any:
+        return optax.tree.set(tx.init(params), spans=jnp.array(spans, jnp.int32))
+
+    return tx._replace(init=init)
+
+
+@functools.lru_cache(maxsize=64)
+def _adamw(options: AdamW) -> optax.GradientTransformationExtraArgs:
     if options.clip_norm is not None and options.clip_norm <= 0:
         raise ValueError(f"clip_norm must be positive, or None for no clipping, got {options.clip_norm}")
     links = [] if options.clip_norm is None else [optax.clip_by_global_norm(options.clip_norm)]
     links.append(optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.epsilon))
     if options.weight_decay:
         links.append(optax.add_decayed_weights(options.weight_decay, mask=decay_mask(options)))
-    links.append(follow(learning_rate(options, steps, xp=jnp)))
+    links.append(follow(options))
     return optax.with_extra_args_support(optax.chain(*links))

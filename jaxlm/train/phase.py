@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training run as five slots: what is learnt, how, on what, and what happens before and after."""
+"""One training run as six slots: what is learnt, how, on what, and what happens before and after."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -29,6 +29,11 @@ def as_given(records: Any, params_fn: Callable[[], Params]) -> Iterator[Batch]:
     return records
 
 
+def nothing_more(batch: Batch) -> Mapping[str, Any]:
+    """No extra arguments."""
+    return {}
+
+
 class Phase(NamedTuple):
     """One training run.
 
@@ -38,6 +43,8 @@ class Phase(NamedTuple):
       prepare: `(params, rng) -> params` before step 0: adapters, a new head. Runs compiled, so it must be pure.
       batches: `(records, params_fn) -> iterator`: rollouts, mining, curricula.
       finish: `params -> params` after the last step: merge adapters, drop a head.
+      extra: `batch -> {name: value}`, extra arguments of `tx.update`: what an optimizer must know of the batch, such as
+        whose task it is. Called inside the compiled step, on the whole batch of an update.
     """
 
     loss_fn: LossFn
@@ -45,3 +52,4 @@ class Phase(NamedTuple):
     prepare: Callable[..., Params] = unchanged
     batches: Callable[..., Iterator[Batch]] = as_given
     finish: Callable[..., Params] = unchanged
+    extra: Callable[[Batch], Mapping[str, Any]] = nothing_more

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 
 from jaxlm.train.phase import Batch, Phase
 from jaxlm.train.state import State
@@ -31,13 +32,21 @@ class Program:
 
 
 def program(phase: Phase, *, mesh: jax.sharding.Mesh, shardings: State, num_parts: int) -> Program:
-    """The program of a phase; the same one again when loss, optimizer, mesh and shardings are the same."""
+    """The program of a phase; the same one again when loss, update function, mesh and shardings are the same.
+
+    How an optimizer's state begins (a held set, the length of a schedule) is no part of the program.
+    """
     leaves, treedef = jax.tree.flatten(shardings)
     loss_fn: Any = phase.loss_fn
-    return _program(loss_fn, phase.tx, mesh, tuple(leaves), treedef, num_parts)
+    return _program(loss_fn, phase.tx.update, phase.extra, mesh, tuple(leaves), treedef, num_parts)
+
+
+def _no_init(params: Any) -> Any:
+    raise AssertionError("a step updates a state, it makes none")
 
 
 @functools.lru_cache(maxsize=8)
-def _program(loss_fn: Any, tx: Any, mesh: Any, leaves: tuple, treedef: Any, num_parts: int) -> Program:
+def _program(loss_fn: Any, update: Any, extra: Any, mesh: Any, leaves: tuple, treedef: Any, num_parts: int) -> Program:
     shardings = jax.tree.unflatten(treedef, leaves)
-    return Program(make_train_step(Phase(loss_fn, tx), mesh=mesh, shardings=shardings, num_parts=num_parts))
+    phase = Phase(loss_fn, optax.GradientTransformationExtraArgs(_no_init, update), extra=extra)
+    return Program(make_train_step(phase, mesh=mesh, shardings=shardings, num_parts=num_parts))

@@ -4,7 +4,7 @@
 terms: {name: Term(total, weight)}, sums over the rows of one part; parts: micro-batches of one update.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jaxlm.losses.term import Term
 from jaxlm.train.mesh import ROWS, check_rows, replicated, rows
 from jaxlm.train.phase import Batch, Phase
 from jaxlm.train.state import State
+from jaxlm.transforms.isolation import isolation_metrics
 
 Metrics = dict[str, Any]
 
@@ -30,15 +31,16 @@ def make_train_step(
         gradient = d/dparams sum over parts and i of coefficient_i * total_i(params, part) / weight_i
 
     Args:
-      phase: its `loss_fn` and `tx`; the other slots are the loop's.
+      phase: its `loss_fn`, `tx` and `extra`; the other slots are the loop's.
       mesh: axes data, fsdp, tensor.
       shardings: of the state, from `state_shardings`.
       num_parts: micro-batches; part p takes every num_parts-th row, so that no row leaves its device.
     Returns: a jitted function. Leaves of `batch` are `[rows, ...]`, rows divided over data and fsdp. Metrics, float32
       and whole on every device: each term's `total / weight` (NaN where a metric's weight is 0), "objective",
-      "gradient_norm" (of the leaves that train), "update_norm", "learning_rate" if `tx` tells it, "finite" (bool),
-      "empty" (bool, no term of the objective has any weight), "weights" (name -> weight) and, if the batch has
-      `segment_ids`, "tokens" (those in a segment).
+      "gradient_norm" (of the leaves that train), "update_norm", "learning_rate" if `tx` tells it, "isolation/..." if
+      `tx` holds entries (`jaxlm.transforms.isolation_metrics`), "finite" (bool), "empty" (bool, no term of the
+      objective has any weight), "weights" (name -> weight) and, if the batch has `segment_ids`, "tokens" (those in a
+      segment).
 
     A term without weight adds nothing. Key of part p at step s: `fold_in(fold_in(state.rng, s), p)`.
     """
@@ -47,7 +49,8 @@ def make_train_step(
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         check_rows(mesh, jax.tree.leaves(batch)[0].shape[0], num_parts)
         rng = jax.random.fold_in(state.rng, state.step)
-        trained = trained_leaves(phase.tx, state)
+        tx, extra = optax.with_extra_args_support(phase.tx), phase.extra(batch)
+        trained = trained_leaves(tx, state, extra)
         leaves, treedef = jax.tree.flatten(state.params)
 
         def terms_of(chosen: list[jax.Array], part: Batch, index: jax.Array | int) -> dict[str, Term]:
@@ -64,13 +67,14 @@ def make_train_step(
         # A leaf that does not train is not differentiated; what stands in its place is never read.
         found = iter(grads)
         full = [next(found) if t else jnp.zeros_like(x) for t, x in zip(trained, leaves, strict=True)]
-        updates, opt_state = phase.tx.update(jax.tree.unflatten(treedef, full), state.opt_state, state.params)
+        updates, opt_state = tx.update(jax.tree.unflatten(treedef, full), state.opt_state, state.params, **extra)
         metrics = reduce(totals, weights)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         metrics["update_norm"] = optax.tree.norm(updates)
         metrics["finite"] = jnp.isfinite(metrics["objective"]) & jnp.isfinite(metrics["update_norm"])
         if rates := optax.tree.get_all_with_path(opt_state, "learning_rate"):
             metrics["learning_rate"] = rates[0][1]
+        metrics |= isolation_metrics(opt_state)
         if "segment_ids" in batch:
             metrics["tokens"] = jnp.sum(batch["segment_ids"] != 0)
         return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.rng), metrics
@@ -163,15 +167,15 @@ def check_terms(terms: dict[str, Term]) -> None:
             )
 
 
-def trained_leaves(tx: optax.GradientTransformation, state: State) -> list[bool]:
+def trained_leaves(tx: optax.GradientTransformationExtraArgs, state: State, extra: Mapping[str, Any]) -> list[bool]:
     """For every parameter leaf: does anything that the optimizer returns depend on its gradient?
 
     Found by tracing `tx.update` and walking back from its results. A leaf for which the answer is no, as under
     `freeze`, is not differentiated at all, on every backend, inside layer scans and with micro-batches.
     """
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.params, state.opt_state))
-    params, opt_state = shapes
-    jaxpr = jax.make_jaxpr(tx.update)(params, opt_state, params).jaxpr
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.params, state.opt_state, extra))
+    params, opt_state, told = shapes
+    jaxpr = jax.make_jaxpr(lambda g, s, p, e: tx.update(g, s, p, **e))(params, opt_state, params, told).jaxpr
     needed = {id(v) for v in jaxpr.outvars}
     for equation in reversed(jaxpr.eqns):
         if any(id(v) in needed for v in equation.outvars):

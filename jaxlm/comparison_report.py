@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a comparison found: a table of every arm, and which differences from the plain arm and the controls count."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxlm.comparison import Trained, best_rate, read_trained
+from jaxlm.config import ALONE, Comparison
+from jaxlm.train.bootstrap import Difference, Interval, difference, holm, paired_bootstrap
+from jaxlm.train.continual import continual_metrics
+from jaxlm.train.score_matrix import ScoreMatrix
+
+COLUMNS = {  # metric -> heading; base_drop is shown as it is measured: lower is better
+    "final": "final",
+    "final_worst": "worst task",
+    "backward_transfer": "backward transfer",
+    "plasticity": "plasticity",
+    "base_drop": "base drop",
+}
+COMPARED = ("final", "backward_transfer", "base_drop")
+
+
+class Arm(NamedTuple):
+    """One arm at its best rate.
+
+    Attributes:
+      runs: one a seed.
+      matrices: of the reported half of the records, one a seed.
+      metrics: means over seeds with 95 % intervals over items.
+      versus: other arm -> metric -> this arm's difference from it.
+    """
+
+    name: str
+    rate: float
+    runs: Sequence[Trained]
+    matrices: Sequence[ScoreMatrix]
+    metrics: dict[str, Interval]
+    versus: dict[str, dict[str, Difference]]
+
+
+def findings(comparison: Comparison, *, kind: str = "accuracy", resamples: int = 10_000) -> list[Arm]:
+    """Every finished arm, in the order of the comparison.
+
+    Args:
+      kind: of scores: "accuracy" (tokens), "exact" or "nll".
+    Raises: ValueError if a run is missing.
+    """
+    specialist = _specialist(comparison, kind)
+    found = {name: _runs(comparison, name) for name in comparison.arms}
+    matrices = {name: [run.scores.matrix(kind, items="odd") for run in runs] for name, runs in found.items()}
+    arms = []
+    for name, runs in found.items():
+        metrics = {
+            metric: paired_bootstrap(matrices[name], metric=metric, specialist=specialist, resamples=resamples)
+            for metric in COLUMNS
+        }
+        others = [comparison.plain] if name != comparison.plain else []
+        others += [comparison.controls[name]] if name in comparison.controls else []
+        others += [comparison.joint] if comparison.joint and name != comparison.joint else []
+        versus = {}
+        for other in others:
+            versus[other] = {
+                metric: difference(matrices[name], matrices[other], metric=metric, resamples=resamples)
+                for metric in COMPARED
+                if np.isfinite(continual_metrics(matrices[name][0])[metric])
+                and np.isfinite(continual_metrics(matrices[other][0])[metric])
+            }
+        arms.append(Arm(name, runs[0].rate, runs, matrices[name], metrics, versus))
+    return arms
+
+
+def _runs(comparison: Comparison, name: str) -> list[Trained]:
+    rate = best_rate(comparison, name)
+    runs = [read_trained(comparison, name, rate, seed) for seed in comparison.seeds]
+    if None in runs:
+        raise ValueError(f"arm {name!r} lacks seed {comparison.seeds[runs.index(None)]}: run the comparison to its end")
+    return [run for run in runs if run is not None]
+
+
+def _specialist(comparison: Comparison, kind: str) -> list[np.ndarray | None]:
+    """Scores of the specialists on the reported items, means over seeds; None for tasks without one."""
+    scores: list[np.ndarray | None] = []
+    for task in comparison.run.data.task_names:
+        if task not in comparison.trained:
+            scores.append(None)
+            continue
+        ends = []
+        for run in _runs(comparison, f"{ALONE}/{task}"):
+            matrix = run.scores.matrix(kind, items="odd")
+            ends.append(matrix.values[matrix.tasks.index(task)][-1])
+        scores.append(np.abs(np.mean(ends, axis=0)))  # losses as they are measured
+    return scores
+
+
+def table(comparison: Comparison, arms: Sequence[Arm]) -> str:
+    """Markdown: every arm's numbers, then its differences from the plain arm and from its control."""
+    head = ["arm", "rate", *COLUMNS.values(), "tokens"]
+    plain = next(arm for arm in arms if arm.name == comparison.plain)
+    least = plain.runs[0].trained_tokens
+    lines = [_row(head), _row(["---"] * len(head))]
+    for arm in arms:
+        cells = [arm.name, f"{arm.rate:.1g}", *(_interval(arm.metrics[metric]) for metric in COLUMNS)]
+        lines.append(_row([*cells, f"{np.mean([run.trained_tokens for run in arm.runs]) / least:.2f}"]))
+    lines += ["", *_differences(comparison, arms)]
+    return "\n".join(lines)
+
+
+def _differences(comparison: Comparison, arms: Sequence[Arm]) -> list[str]:
+    """Rows of the second table: which differences count; p-values against the plain arm hold together (Holm)."""
+    head = ["arm", "against", *(COLUMNS[metric] for metric in COMPARED)]
+    lines = [_row(head), _row(["---"] * len(head))]
+    adjusted = {
+        metric: holm(
+            {
+                arm.name: arm.versus[comparison.plain][metric].p
+                for arm in arms
+                if metric in arm.versus.get(comparison.plain, {})
+            }
+        )
+        for metric in COMPARED
+    }
+    for arm in arms:
+        for other, found in arm.versus.items():
+            cells = []
+            for metric in COMPARED:
+                told = found.get(metric)
+                if told is None:
+                    cells.append("")
+                    continue
+                sure = told.counts and (other != comparison.plain or adjusted[metric][arm.name] < 0.05)
+                text = f"{100 * told.mean:+.1f} ({100 * told.low:+.1f} to {100 * told.high:+.1f})"
+                cells.append(f"**{text}**" if sure else text)
+            lines.append(_row([arm.name, other, *cells]))
+    return lines
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _interval(x: Interval) -> str:
+    if not np.isfinite(x.mean):
+        return ""
+    return f"{100 * x.mean:.1f} ({100 * x.low:.1f} to {100 * x.high:.1f})"

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains every arm of a comparison, or goes on with what is not finished, and writes its table and its page.
+
+  python scripts/compare.py configs/compare_isolation.py
+  python scripts/compare.py configs/compare_isolation.py --part 1/2     (beside another process with --part 2/2)
+
+A part trains its share of the arms and reports nothing; the command without one finishes and reports.
+"""
+
+import sys
+
+from jaxlm.command import Parser, call
+from jaxlm.config import load_comparison
+
+
+def main() -> int:
+    """Reads the arguments, compares, prints the table."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("config", help="a config file with a function get_comparison()")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="such as run.run.steps=100")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="only every N-th arm from the I-th")
+    parser.add_argument("--report", action="store_true", help="train nothing, report what is there")
+    arguments = parser.parse_intermixed_args()
+    comparison = load_comparison(arguments.config, arguments.overrides)
+    number, _, total = arguments.part.partition("/")
+    if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
+        raise ValueError(f"--part is I/N with 1 <= I <= N, got {arguments.part!r}")
+    # Late, because they import jax, and --help must not.
+    from jaxlm.comparison import compare
+    from jaxlm.comparison_page import write_comparison
+    from jaxlm.comparison_report import findings, table
+
+    if not arguments.report:
+        compare(comparison, part=(int(number) - 1, int(total)))
+    if int(total) > 1:
+        return 0
+    arms = findings(comparison)
+    text = table(comparison, arms)
+    (comparison.directory / "table.md").write_text(text + "\n")
+    print(text)
+    print(f"pictures: {write_comparison(comparison, arms)}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    call(main)
