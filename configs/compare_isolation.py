@@ -8,6 +8,9 @@ after the other, 100 updates each, or all at once. Every arm has the same tokens
 seeds. TIME on two CPU cores; the same command goes on where it was stopped. Results: docs/results.md.
 """
 
+import dataclasses
+from typing import Any
+
 from jaxlm.config import Comparison, RunConfig
 from jaxlm.data import DataConfig, Procedural, Task
 from jaxlm.methods import CpiFt, Dpi, Epi, Ewc, MultiStage, Sft
@@ -31,12 +34,12 @@ def exercises(generator: str, *, trained: bool) -> Task:
 def get_comparison() -> Comparison:
     """The comparison."""
     sft = Sft(optimizer=AdamW(clip_norm=1.0, warmup=0.05))
-    choice = {"refresh_every": 20, "warmup": 20, "decay": 0.95}
-    dpi = {"sft": sft, "order": "given", "groups": "separate", "probe_steps": 50}
+    epi = Epi(sft=sft, fraction=0.1, refresh_every=20, warmup=20, decay=0.95)
+    dpi = Dpi(sft=sft, fraction=0.1, order="given", groups="separate", probe_steps=60)
     model = ModelConfig(vocab_size=272, width=128, num_layers=4, num_heads=4, mlp_width=384, max_length=64)
 
-    def staged(**options) -> MultiStage:
-        return MultiStage(method=Epi(sft=sft, **(choice | options)))
+    def staged(**options: Any) -> MultiStage:
+        return MultiStage(method=dataclasses.replace(epi, **options))
 
     return Comparison(
         base=RunConfig(
@@ -58,18 +61,18 @@ def get_comparison() -> Comparison:
         ),
         arms={
             "joint SFT": sft,
-            "joint EPI": Epi(sft=sft, fraction=0.1, **choice),
-            "joint EPI, random": Epi(sft=sft, fraction=0.1, select="random", **choice),
+            "joint EPI": epi,
+            "joint EPI, random": dataclasses.replace(epi, select="random"),
             "stages": MultiStage(method=sft),
-            "static": staged(fraction=0.1, refresh_every=None),
-            "EPI": staged(fraction=0.1),
-            "EPI, Adam's nu": staged(fraction=0.1, importance_source="adam_nu"),
-            "EPI, by task": staged(fraction=0.1, per_task=True),
-            "EPI, random": staged(fraction=0.1, select="random"),
-            "EPI, bottom": staged(fraction=0.1, select="bottom"),
-            "DPI": Dpi(fraction=0.1, **dpi),
-            "DPI, random": Dpi(fraction=0.1, cores="random", **dpi),
-            "CPI-FT": CpiFt(dpi=Dpi(fraction=0.1, **dpi)),
+            "static": staged(refresh_every=None),
+            "EPI": staged(),
+            "EPI, Adam's nu": staged(importance_source="adam_nu"),
+            "EPI, by task": staged(per_task=True),
+            "EPI, random": staged(select="random"),
+            "EPI, bottom": staged(select="bottom"),
+            "DPI": dpi,
+            "DPI, random": dataclasses.replace(dpi, cores="random"),
+            "CPI-FT": CpiFt(dpi=dpi),
             "half held": MultiStage(method=sft, hold_random=0.5),
             "EWC": Ewc(sft=sft),
             "LoRA": MultiStage(method=Sft(optimizer=sft.optimizer, lora=Lora(rank=8, alpha=16.0))),

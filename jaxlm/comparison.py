@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from jaxlm.config import ALONE, Comparison, Pretrained
 from jaxlm.run import load_model, load_tokenizer, make_job, open_data, run, score_after, total_steps
 from jaxlm.train.continual import continual_metrics
-from jaxlm.train.held_out import score_items
+from jaxlm.train.held_out import Items, score_items
 from jaxlm.train.mesh import check_rows, make_mesh
 from jaxlm.train.options import AdamW
 from jaxlm.train.reporter import RunReporter, read_metrics
@@ -97,7 +97,7 @@ class _Shared:
         check_rows(self.mesh, config.run.batch_size, config.run.micro_batches)
         self.train_rows, self.test_rows = open_data(config, load_tokenizer(config))
         self.model, self.params = load_model(config, self.mesh, vocabulary=self.train_rows.vocab_size)
-        self.before = None
+        self.before: Items | None = None
 
     def train(self, arm: str, rate: float, seed: int) -> None:
         """One run, if it is not there yet."""

@@ -16,6 +16,7 @@ from jaxlm.train.continual_page import isolation_panels
 from jaxlm.train.page import read_runs
 from jaxlm.train.page_style import STYLE, TEMPLATE
 from jaxlm.train.pictures import picture
+from jaxlm.train.score_matrix import ScoreMatrix
 
 
 def write_comparison(comparison: Comparison, arms: Sequence[Arm]) -> Path:
@@ -78,7 +79,7 @@ def _plane(comparison: Comparison, arms: Sequence[Arm]) -> str:
     plain = next(arm for arm in arms if arm.name == comparison.plain)
     # Specialists shift every arm's plasticity by one number: the plain arm tells it.
     learnt = np.mean([_when_learnt(matrix) for matrix in plain.matrices])
-    shift = plain.metrics["plasticity"].mean - learnt
+    shift = plain.metrics["plasticity"].mean - float(learnt)
     line = []
     for rate in comparison.rates(comparison.plain):
         found = read_trained(comparison, comparison.plain, rate, comparison.seeds[0])
@@ -97,7 +98,7 @@ def _plane(comparison: Comparison, arms: Sequence[Arm]) -> str:
     )
 
 
-def _when_learnt(matrix) -> float:
+def _when_learnt(matrix: ScoreMatrix) -> float:
     return float(np.mean([matrix.means[i, matrix.learned_at[i]] for i in matrix.trained]))
 
 

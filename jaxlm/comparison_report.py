@@ -2,7 +2,7 @@
 """What a comparison found: a table of every arm, and which differences from the plain arm and the controls count."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ COLUMNS = {  # metric -> heading; base_drop is shown as it is measured: lower is
     "plasticity": "plasticity",
     "base_drop": "base drop",
 }
+Kind = Literal["accuracy", "nll", "exact"]
 COMPARED = ("final", "backward_transfer", "base_drop")
 
 
@@ -40,7 +41,7 @@ class Arm(NamedTuple):
     versus: dict[str, dict[str, Difference]]
 
 
-def findings(comparison: Comparison, *, kind: str = "accuracy", resamples: int = 10_000) -> list[Arm]:
+def findings(comparison: Comparison, *, kind: Kind = "accuracy", resamples: int = 10_000) -> list[Arm]:
     """Every finished arm, in the order of the comparison.
 
     Args:
@@ -79,7 +80,7 @@ def _runs(comparison: Comparison, name: str) -> list[Trained]:
     return [run for run in runs if run is not None]
 
 
-def _specialist(comparison: Comparison, kind: str) -> list[np.ndarray | None]:
+def _specialist(comparison: Comparison, kind: Kind) -> list[np.ndarray | None]:
     """Scores of the specialists on the reported items, means over seeds; None for tasks without one."""
     scores: list[np.ndarray | None] = []
     for task in comparison.run.data.task_names:

@@ -14,7 +14,6 @@ from jaxlm.methods.sft import Sft
 from jaxlm.methods.stages import Mixing, Stage, in_order, plan, score_stage, train_stage
 from jaxlm.nn.decoder import Model
 from jaxlm.train.phase import Params, Phase
-from jaxlm.train.state import State
 from jaxlm.transforms.elastic import pull
 from jaxlm.transforms.squares import squared_gradients
 
@@ -71,23 +70,24 @@ class Ewc:
         phase = self.phase(job.model, num_tasks=len(job.task_names), steps=job.options.steps)
         look = phase._replace(tx=squared_gradients())
         stages = plan(in_order(self.order, list(job.rows)), job.rows, steps=job.options.steps, mixing=self.mixing)
-        weight = anchor = None
-        state: State | None = None
+        weight = anchor = state = None
+        params = job.params
         for index, stage in enumerate(stages):
             tx = pull(self.sft.tx(stage.steps), strength=self.strength)
             if weight is not None:
                 tx = tx._replace(init=functools.partial(_begin, tx.init, weight, anchor))
             stage = stage._replace(first_step=stage.first_step + index * self.fisher_steps)
             state = train_stage(job, phase._replace(tx=tx), stage, state, model=job.model)
+            params = state.params
             if index + 1 == len(stages):
                 break
-            score_stage(job, stage, job.model, state.params)
+            score_stage(job, stage, job.model, params)
             seen = Stage(
                 f"fisher-{index + 1}", stage.tasks, self.fisher_steps, stage.first_step + stage.steps, stage.weights
             )
             squares: Any = train_stage(job, look, seen, state, model=job.model).opt_state
-            weight, anchor = _added(squares.total, state.params, weight, anchor)
-        return state.params
+            weight, anchor = _added(squares.total, params, weight, anchor)
+        return params
 
 
 def _begin(init: Callable, weight: Any, anchor: Any, params: Params) -> Any:

@@ -70,14 +70,15 @@ class MultiStage:
         phase = self.method.phase(model, num_tasks=len(job.task_names), steps=job.options.steps)
         groups = in_order(self.order, list(job.rows))
         stages = plan(groups, job.rows, steps=job.options.steps, mixing=self.mixing, replay=self.replay)
-        state = None
+        state, params = None, job.params
         for index, stage in enumerate(stages):
             tx = self.method.tx(stage.steps, num_tasks=len(job.task_names))
             tx = self._tx(tx, seed=(1_000_003 * job.options.seed + index) % 2**31)
             state = train_stage(job, phase._replace(tx=tx), stage, state, model=model)
+            params = state.params
             if stage is not stages[-1]:
-                score_stage(job, stage, model, state.params)
-        return jax.jit(phase.finish)(state.params)
+                score_stage(job, stage, model, params)
+        return jax.jit(phase.finish)(params)
 
     def _tx(self, tx: optax.GradientTransformationExtraArgs, *, seed: int) -> optax.GradientTransformationExtraArgs:
         if not self.hold_random:

@@ -183,7 +183,7 @@ class _Run:
         # Where steps are not awaited, XLA's CPU collectives may deadlock; accelerators run one step ahead.
         self.ahead = 0 if mesh.devices.flat[0].platform == "cpu" else 1
         self.best = saves.best() if saves else math.inf
-        self.unread: collections.deque = collections.deque()  # (step, metrics, batch on the host)
+        self.unread = collections.deque()  # (step, metrics, batch on the host)
 
     def open(self, records: Any, stream_state: Any) -> None:
         """Begins the stream of batches, where `stream_state` says."""
