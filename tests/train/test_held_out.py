@@ -5,12 +5,14 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from jaxlm.nn import Model, ModelConfig
 from jaxlm.train.held_out import evaluate, score_items
+from jaxlm.train.loop import train
 from jaxlm.train.mesh import make_mesh
-from jaxlm.train.options import MeshOptions
+from jaxlm.train.options import MeshOptions, RunOptions
 
 TASKS = ("copy", "sum", "idle")
 ROWS, LENGTH, VOCAB = 37, 16, 64
@@ -157,6 +159,25 @@ def test_one_program_serves_all_batches_and_all_evaluations(model, params, rows)
         assert len(seen) == 1
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def test_training_with_evaluations_ends_with_the_bits_of_training_without(tiny):
+    other = Model(tiny.config)
+    start = jax.jit(other.init)(jax.random.key(1))
+    phase = tiny.phase(optax.with_extra_args_support(optax.adam(1e-2)), noise=0.1)
+    options = RunOptions(steps=4, batch_size=16, evaluate_every=1)
+    seen = []
+
+    def measure(params):
+        seen.append(score_items(other, params, [tiny.make_batch(99)], tiny.mesh(data=2)))
+        return {"loss": float(seen[-1].nll.sum())}
+
+    ends = [
+        train(phase, start, tiny.Rows(), options=options, mesh=tiny.mesh(data=2), evaluate=evaluate)
+        for evaluate in (None, measure)
+    ]
+    assert len(seen) >= 4 and len({float(items.nll.sum()) for items in seen}) == len(seen), "it did evaluate"
+    assert tiny.bits(ends[0]) == tiny.bits(ends[1])
 
 
 def test_nothing_to_evaluate_is_an_error(model, params, rows):
