@@ -2,8 +2,10 @@
 """Any config as two tiny steps that need no download: how the tests run every file of `configs/`."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
-from jaxlm.config import Pretrained, RunConfig
+from jaxlm.config import Comparison, Pretrained, RunConfig
 from jaxlm.data.config import DataConfig, Procedural, Rows, Source, Task
 from jaxlm.nn.config import ModelConfig
 from jaxlm.train.options import MeshOptions
@@ -39,6 +41,32 @@ def shrink(config: RunConfig) -> RunConfig:
             save_every=0,
         ),
         mesh=MeshOptions(),
+    )
+
+
+def shrink_comparison(comparison: Comparison, directory: str | Path) -> Comparison:
+    """One arm of each kind on a tiny model: one rate three times over, two seeds, two updates a task."""
+    base = None if comparison.base is None else shrink(comparison.base)
+    run = shrink(dataclasses.replace(comparison.run, method=next(iter(comparison.arms.values()))))
+    run = dataclasses.replace(run, run=dataclasses.replace(run.run, directory=str(directory)))
+    num_tasks = sum(task.train is not None for task in run.data.tasks)
+    kinds: dict[Any, str] = {}
+    for name, method in comparison.arms.items():
+        kinds.setdefault((type(method), type(getattr(method, "method", None))), name)
+    kept = {comparison.plain, *kinds.values()}
+    kept |= {comparison.controls[name] for name in kept if name in comparison.controls}
+    arms = {name: m.shrunk() if hasattr(m, "shrunk") else m for name, m in comparison.arms.items() if name in kept}
+    return dataclasses.replace(
+        comparison,
+        base=base,
+        run=dataclasses.replace(
+            run, method=comparison.run.method, run=dataclasses.replace(run.run, steps=2 * num_tasks)
+        ),
+        arms=arms,
+        scale={name: scale for name, scale in comparison.scale.items() if name in arms},
+        controls={name: other for name, other in comparison.controls.items() if name in arms},
+        learning_rates=comparison.learning_rates[:1] * 3,
+        seeds=comparison.seeds[:2],
     )
 
 

@@ -8,20 +8,26 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm.config import load_config, read_config
+from jaxlm.comparison import compare
+from jaxlm.comparison_page import write_comparison
+from jaxlm.comparison_report import findings, table
+from jaxlm.config import load_comparison, load_config, read_config
 from jaxlm.evaluation import evaluate_run
-from jaxlm.run import run
-from jaxlm.shrink import shrink
+from jaxlm.run import run, total_steps
+from jaxlm.shrink import shrink, shrink_comparison
 from jaxlm.train.reporter import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+COMPARISONS = [name for name in NAMES if name.startswith("compare_")]
+CONFIGS = [name for name in NAMES if name not in COMPARISONS]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_config_is_a_lab_note(name):
     note = ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text()))
-    assert note and f"python scripts/train.py configs/{name}.py" in note, "its docstring shows the command"
+    script = "compare" if name in COMPARISONS else "train"
+    assert note and f"python scripts/{script}.py configs/{name}.py" in note, "its docstring shows the command"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -31,10 +37,27 @@ def test_every_config_takes_two_steps(name, tmp_path):
     result = run(config)
     lines = read_metrics(tmp_path / name)
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
-    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
+    num_tasks = sum(task.train is not None for task in config.data.tasks)
+    assert len(losses) == total_steps(config.method, config.run.steps, num_tasks)
+    assert all(math.isfinite(loss) for loss in losses)
     assert result.before.keys() == result.after.keys() != set()
     assert read_config(tmp_path / name) == config
     assert (tmp_path / name / "report.html").stat().st_size > 10_000
     if name == "quickstart":
         again = evaluate_run(tmp_path / name, config)
         assert again == pytest.approx(dict(result.after), rel=1e-5), "the exported model is the trained one"
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_every_comparison_trains_its_arms_and_reports(name, tmp_path, quick_compiles):
+    """Two updates a task, two seeds; what is finished is not trained again."""
+    comparison = shrink_comparison(load_comparison(ROOT / "configs" / f"{name}.py"), tmp_path / name)
+    compare(comparison)
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / name).rglob("result.json")}
+    compare(comparison)
+    assert done == {path: path.stat().st_mtime_ns for path in (tmp_path / name).rglob("result.json")}
+    arms = findings(comparison, resamples=50)
+    told = table(comparison, arms)
+    assert all(f"| {arm} |" in told for arm in comparison.arms)
+    page = write_comparison(comparison, arms).read_text()
+    assert all(arm in page for arm in comparison.arms) and "nan" not in page

@@ -2,6 +2,7 @@
 """Supervised fine-tuning: the phase every other method differs from, with or without low-rank adapters."""
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -14,7 +15,7 @@ from jaxlm.nn.lora import adapted, add_lora, merge_drift, merge_lora
 from jaxlm.train.mesh import rows
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.options import AdamW
-from jaxlm.train.phase import Phase
+from jaxlm.train.phase import LossFn, Phase
 from jaxlm.transforms.frozen import freeze
 
 if TYPE_CHECKING:  # a phase in someone else's loop needs neither the loop nor Orbax: 0.2 GiB
@@ -56,20 +57,7 @@ class Sft:
           steps: updates that the learning-rate schedule spans.
         """
 
-        def loss_fn(params, batch, rng):
-            hidden = model.apply(
-                params, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
-            )
-            return next_token_terms(
-                hidden,
-                model.head(params),
-                batch,
-                num_tasks=num_tasks,
-                softcap=model.config.logit_softcap,
-                z_loss=self.z_loss,
-                groups=model.row_groups,
-            )
-
+        loss_fn = _loss_fn(model, num_tasks, self.z_loss)
         if self.lora is None:
             return Phase(loss_fn, self.tx(steps))
         lora = self.lora
@@ -94,3 +82,22 @@ class Sft:
         drift = merge_drift(model, state.params, merged, tokens)
         job.reporter.event("merge", step=job.options.steps, logit_drift=float(drift))
         return merged
+
+
+@functools.lru_cache(maxsize=16)
+def _loss_fn(model: Model, num_tasks: int, z_loss: float) -> LossFn:
+    """One function for equal arguments, so that runs which differ in anything else share a compiled step."""
+
+    def loss_fn(params, batch, rng):
+        hidden = model.apply(params, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+        return next_token_terms(
+            hidden,
+            model.head(params),
+            batch,
+            num_tasks=num_tasks,
+            softcap=model.config.logit_softcap,
+            z_loss=z_loss,
+            groups=model.row_groups,
+        )
+
+    return loss_fn

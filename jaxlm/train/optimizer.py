@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdamW as an optax transformation: clipping, moments, decay by path rules, and a schedule that tells its rate."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -21,25 +22,27 @@ class FollowState(NamedTuple):
     Attributes:
       count: int32, updates done.
       learning_rate: float32, of the last update.
-      spans: int32 [3], where the schedule bends, as `spans_of` tells. It is state, so that stages of unequal length
-        share one compiled step.
+      spans: int32 [3], where the schedule bends, as `spans_of` tells.
+      peak: float32, its highest rate. Both are state, so that stages of any length and rate share one compiled step.
     """
 
     count: jax.Array  # type: ignore[assignment]  # optax's name, though tuples have a method of it
     learning_rate: jax.Array
     spans: jax.Array
+    peak: jax.Array
 
 
 def follow(options: AdamW) -> optax.GradientTransformation:
     """Scales by minus the schedule's rate and keeps it in its state, where the train step finds and reports it."""
 
     def init(params: Any) -> FollowState:
-        return FollowState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), jnp.zeros(3, jnp.int32))
+        count, now, peak = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+        return FollowState(count, now, jnp.zeros(3, jnp.int32), peak)
 
     def update(updates: Any, state: FollowState, params: Any = None) -> tuple[Any, FollowState]:
-        now = jnp.asarray(rate_at(options, state.count, state.spans, xp=jnp), jnp.float32)
+        now = state.peak * jnp.asarray(level_at(options, state.count, state.spans, xp=jnp), jnp.float32)
         updates = jax.tree.map(lambda u: u * (-now).astype(u.dtype), updates)
-        return updates, FollowState(optax.safe_increment(state.count), now, state.spans)
+        return updates, state._replace(count=optax.safe_increment(state.count), learning_rate=now)
 
     return optax.GradientTransformation(init, update)
 
@@ -66,8 +69,8 @@ def spans_of(options: AdamW, steps: int) -> tuple[int, int, int]:
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 
 
-def rate_at(options: AdamW, step: Any, spans: Any, *, xp: Any) -> Any:
-    """The rate of update `step` of a schedule with those spans."""
+def level_at(options: AdamW, step: Any, spans: Any, *, xp: Any) -> Any:
+    """The rate of update `step` of a schedule with those spans, as a share of the peak."""
     num_warmup, begin, length = spans
     t = xp.clip((step - begin) / length, 0.0, 1.0)
     if options.schedule == "constant":
@@ -76,7 +79,7 @@ def rate_at(options: AdamW, step: Any, spans: Any, *, xp: Any) -> Any:
         level = options.final + (1 - options.final) * 0.5 * (1 + xp.cos(np.pi * t))
     else:
         level = 1 - (1 - options.final) * t
-    return options.learning_rate * xp.minimum(1.0, (step + 1) / xp.maximum(1, num_warmup)) * level
+    return xp.minimum(1.0, (step + 1) / xp.maximum(1, num_warmup)) * level
 
 
 def learning_rate(options: AdamW, steps: int, *, xp: Any = np) -> Callable[[Any], Any]:
@@ -97,13 +100,18 @@ def learning_rate(options: AdamW, steps: int, *, xp: Any = np) -> Callable[[Any]
     [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
     """
     spans = spans_of(options, steps)
-    return lambda step: rate_at(options, step, spans, xp=xp)
+    return lambda step: options.learning_rate * level_at(options, step, spans, xp=xp)
 
 
 def rescheduled(opt_state: Any, tx: optax.GradientTransformation, params: Any) -> Any:
     """An optimizer state that follows the schedule of `tx` from where it stands: a resumed run may be made longer."""
-    found = jax.jit(lambda p: [spans for _, spans in optax.tree.get_all_with_path(tx.init(p), "spans")])(params)
-    return optax.tree.set(opt_state, spans=found[0]) if found else opt_state
+
+    def schedule(params: Any) -> dict[str, Any]:
+        state = tx.init(params)
+        found = {name: optax.tree.get_all_with_path(state, name) for name in ("spans", "peak")}
+        return {name: values[0][1] for name, values in found.items() if values}
+
+    return optax.tree.set(opt_state, **jax.jit(schedule)(params))
 
 
 def decay_mask(options: AdamW) -> Callable[[Any], Any]:
@@ -132,16 +140,17 @@ def make_optimizer(options: AdamW, steps: int) -> optax.GradientTransformationEx
 
     Args:
       options: the numbers.
-      steps: updates that the schedule spans. They lie in the state: for equal options the `update` is one function,
-        whatever the steps, and stages that share it share a compiled step.
+      steps: updates that the schedule spans. They and the peak rate lie in the state: where the other options are
+        equal, `update` is one function, and stages that share it share a compiled step.
 
     Source: Loshchilov and Hutter 2017, arXiv:1711.05101, algorithm 2, with decay inside the learning rate, as in
     optax.adamw.
     """
-    spans, tx = spans_of(options, steps), _adamw(options)
+    spans, peak = spans_of(options, steps), options.learning_rate
+    tx = _adamw(dataclasses.replace(options, learning_rate=0.0))
 
     def init(params: Any) -> Any:
-        return optax.tree.set(tx.init(params), spans=jnp.array(spans, jnp.int32))
+        return optax.tree.set(tx.init(params), spans=jnp.array(spans, jnp.int32), peak=jnp.float32(peak))
 
     return tx._replace(init=init)
 

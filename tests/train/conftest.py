@@ -150,11 +150,8 @@ def count_compiles():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Half of the time of these tests would go into machine code that runs for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def compiles(quick_compiles):
+    """All tests of the loop compile quickly."""
 
 
 @pytest.fixture(scope="session")
