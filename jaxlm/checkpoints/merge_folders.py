@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merges folders of safetensors, tensor by tensor: memory holds a few pieces of one tensor, of any size."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.checkpoints.mapped_tensors import TYPES, Entry, MappedTensors, shards, write_header, write_index
-from jaxlm.checkpoints.merge_recipes import Recipe, Tensor, Transplant
+from jaxlm.checkpoints.merge_recipes import Recipe, Tensor, Transplant, merged_piece
 from jaxlm.weights.alike import check_same_shapes
 
 _COPIED = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
@@ -43,8 +44,8 @@ def merge_folders(
     """Merges models on disk into a new folder, which appears whole or not at all.
 
     Arithmetic is float32 and that of `jaxlm.weights`, one vector a tensor: their layout has one tensor a layer, ours
-    one slice, so both give the same model. Beside the maps of the files a few pieces of half a million entries are in
-    memory; where a cut of `Ties` falls among equal task vector entries, 4 bytes for each of those.
+    one slice, so both give the same model. Beside the maps of the files a few pieces of 2^18 entries are in memory;
+    where a cut of `Ties` falls among equal task vector entries, 4 bytes for each of those.
 
     Args:
       recipe: `Linear`, `Soup`, `Slerp`, `TaskArithmetic`, `Ties`, `Dare` or `Transplant` with its numbers.
@@ -65,6 +66,7 @@ def merge_folders(
     if recipe.based != (base is not None):
         need = "needs the common base" if recipe.based else "has no base"
         raise ValueError(f"{type(recipe).__name__.lower()} {need}: see its options")
+    recipe = _hashable(recipe)
     recipe.check(len(models))
     given = ([] if base is None else [base]) + list(models)
     sources = [MappedTensors(path) for path in given]
@@ -97,6 +99,12 @@ def merge_folders(
     return f"{recipe} of {len(models)} models: {len(entries)} tensors, {size / 1e6:.1f} MB in {len(files)} files"
 
 
+def _hashable(recipe: Any) -> Any:
+    """With tuples for lists: the compiler's cache looks recipes up."""
+    values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    return dataclasses.replace(recipe, **{name: tuple(v) for name, v in values.items() if isinstance(v, list)})
+
+
 def _write(stream: IO[bytes], entry: Entry, recipe: Recipe, sources: Sequence[MappedTensors], num_checked: int) -> None:
     """One tensor of the result."""
     flats = [source.flat(entry.name) for source in sources]
@@ -107,13 +115,20 @@ def _write(stream: IO[bytes], entry: Entry, recipe: Recipe, sources: Sequence[Ma
         stream.write(flats[0].data)
         return
     tensor = Tensor(entry.name, flats)
-    make = recipe.maker(tensor)
+    known = recipe.look(tensor)
     waiting: list[tuple[Any, int]] = []  # one piece is made while the one before is written
     finite = []
     for start, count in tensor.starts():
-        pieces = tensor.piece(start, count)
-        finite.append(tensor.finite(pieces[:num_checked]))
-        waiting.append((make(start, pieces).astype(entry.dtype), count))
+        merged, fine = merged_piece(
+            recipe,
+            known,
+            np.uint32(start % 2**32),
+            tensor.piece(start, count),
+            num_checked=num_checked,
+            dtype=entry.dtype,
+        )
+        finite.append(fine)
+        waiting.append((merged, count))
         if len(waiting) > 1:
             _flush(stream, waiting)
     _flush(stream, waiting)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How one tensor of several models becomes one, piece by piece: the arithmetic of `jaxlm.weights` on flat pieces.
 
-A recipe first walks the pieces for what it must know of the whole tensor (angles, cuts, sums), then makes each piece of
-the result from the same piece of every source.  Sources: the base first if the recipe has one, then the models.
+A recipe first looks at all pieces for what it must know of the whole tensor (angles, cuts, sums), then merges piece by
+piece.  Sources: the base first if the recipe has one, then the models.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ from jaxlm.weights.task_vectors import (
     ratio,
     settle,
     sums_of_sizes,
+    task_vector,
     weights_of,
 )
 from jaxlm.weights.transplanting import Overlap, resolved, take_over, unowned
 
-PIECE, SMALL = 2**19, 2**13  # entries; a piece is one of these two sizes, so that each function compiles twice
+PIECE, STEP, SMALL = 2**18, 2**16, 2**13  # entries; the last piece is padded, so that few sizes are compiled
 
 Piece = list[jax.Array]  # float32, one a source; zeros where the tensor has ended
-Make = Callable[[int, Piece], jax.Array]
 
 
 class Tensor:
@@ -53,37 +53,25 @@ class Tensor:
 
     def starts(self) -> Iterator[tuple[int, int]]:
         """(first entry, entries) of each piece."""
-        start = 0
-        while start < self.size:
-            length = PIECE if self.size - start >= PIECE else SMALL
-            yield start, min(length, self.size - start)
-            start += length
+        for start in range(0, self.size, PIECE):
+            yield start, min(PIECE, self.size - start)
 
-    def piece(self, start: int, count: int, which: Sequence[int] | None = None) -> Piece:
-        """The same piece of every source, or of those named."""
+    def piece(self, start: int, count: int, which: Sequence[int] | None = None) -> list[np.ndarray]:
+        """The same piece of every source, or of those named, in the type of its file."""
         chosen = self.sources if which is None else [self.sources[i] for i in which]
-        return [_widen(_padded(source[start : start + count])) for source in chosen]
-
-    def finite(self, pieces: Piece) -> jax.Array:
-        """Whether each of these is finite throughout, [sources]."""
-        return _finite(pieces)
-
-
-@jax.jit
-def _finite(pieces: Piece) -> jax.Array:
-    return jnp.stack([jnp.all(jnp.isfinite(part)) for part in pieces])
+        return [_padded(source[start : start + count]) for source in chosen]
 
 
 def _padded(part: np.ndarray) -> np.ndarray:
-    length = PIECE if part.size == PIECE else SMALL
     if part.dtype == np.float64:
         part = part.astype(np.float32)
+    length = _length(part)
     return part if part.size == length else np.concatenate([part, np.zeros(length - part.size, part.dtype)])
 
 
-@jax.jit
-def _widen(part: jax.Array) -> jax.Array:
-    return part.astype(jnp.float32)
+def _length(part: np.ndarray) -> int:
+    """What a piece is padded to."""
+    return SMALL if part.size <= SMALL else -(-part.size // STEP) * STEP
 
 
 class Recipe(Protocol):
@@ -98,8 +86,17 @@ class Recipe(Protocol):
     def check(self, num_models: int) -> None:
         """Raises ValueError if this many models cannot be merged so."""
 
-    def maker(self, tensor: Tensor) -> Make:
-        """Looks at a whole tensor and returns what makes a piece of the result: (first entry, sources) to float32."""
+    def look(self, tensor: Tensor) -> Any:
+        """What must be known of the whole tensor: a tree of numbers."""
+
+    def merge(self, known: Any, start: Any, piece: Piece) -> jax.Array:
+        """A piece of the result, float32, from the same piece of the sources; compiled.
+
+        Args:
+          known: what `look` saw.
+          start: uint32, number of the first entry modulo 2^32.
+          piece: float32, one a source.
+        """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,11 +111,13 @@ class Linear:
         """Weights fit."""
         divisor_of(weights_of(self.weights, num_models), self.normalize)
 
-    def maker(self, tensor: Tensor) -> Make:
-        """Nothing to look at."""
-        weights = weights_of(self.weights, len(tensor.sources))
-        divisor = divisor_of(weights, self.normalize)
-        return lambda start, piece: _summed(None, piece, weights, [(None, 1.0)] * len(piece), divisor, 1.0)
+    def look(self, tensor: Tensor) -> Any:
+        """Nothing."""
+
+    def merge(self, known: Any, start: Any, piece: Piece) -> jax.Array:
+        """The sum over the divisor."""
+        weights = weights_of(self.weights, len(piece))
+        return _summed(None, piece, weights, [(None, 1.0)] * len(piece), divisor_of(weights, self.normalize), 1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,9 +129,12 @@ class Soup:
     def check(self, num_models: int) -> None:
         """Any number of models."""
 
-    def maker(self, tensor: Tensor) -> Make:
+    def look(self, tensor: Tensor) -> Any:
+        """Nothing."""
+
+    def merge(self, known: Any, start: Any, piece: Piece) -> jax.Array:
         """As `Linear`."""
-        return Linear().maker(tensor)
+        return Linear().merge(known, start, piece)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,11 +154,13 @@ class Slerp:
         if not 0 < self.eps <= 0.1:
             raise ValueError(f"eps must be in (0, .1], got {self.eps}")
 
-    def maker(self, tensor: Tensor) -> Make:
-        """The angle between the two."""
-        angle, zero = _angle(tensor)
-        linear = zero or abs(math.cos(angle)) > 1 - self.eps
-        return lambda start, piece: on_arc(*piece, self.weight, angle, linear)
+    def look(self, tensor: Tensor) -> Any:
+        """The angle between the two, and whether it calls for a line."""
+        return _angle(tensor, self.eps)
+
+    def merge(self, known: Any, start: Any, piece: Piece) -> jax.Array:
+        """A piece of the arc."""
+        return on_arc(piece[0], piece[1], jnp.float32(self.weight), *known)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,11 +176,14 @@ class TaskArithmetic:
         """Weights fit."""
         divisor_of(weights_of(self.weights, num_models), self.normalize)
 
-    def maker(self, tensor: Tensor) -> Make:
-        """Nothing to look at."""
-        weights = weights_of(self.weights, len(tensor.sources) - 1)
-        divisor, whole = divisor_of(weights, self.normalize), [(None, 1.0)] * len(weights)
-        return lambda start, piece: _summed(piece[0], piece[1:], weights, whole, divisor, self.scale)
+    def look(self, tensor: Tensor) -> Any:
+        """Nothing."""
+
+    def merge(self, known: Any, start: Any, piece: Piece) -> jax.Array:
+        """The base plus the sum over the divisor."""
+        weights = weights_of(self.weights, len(piece) - 1)
+        whole = [(None, 1.0)] * len(weights)
+        return _summed(piece[0], piece[1:], weights, whole, divisor_of(weights, self.normalize), self.scale)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,22 +201,20 @@ class Ties:
         weights_of(self.weights, num_models)
         check_share(self.density)
 
-    def maker(self, tensor: Tensor) -> Make:
-        """The cuts that leave the share."""
-        weights = weights_of(self.weights, len(tensor.sources) - 1)
+    def look(self, tensor: Tensor) -> Any:
+        """The cuts that leave the share, and the salt of the hash that decides among equals."""
         models = range(1, len(tensor.sources))
-        cuts = [None if self.density == 1 else _cut(tensor, model, self.density) for model in models]
-        start_of_hash = _salt(tensor.name, 0)
+        return [] if self.density == 1 else [(*_cut(tensor, i, self.density), _salt(tensor.name, 0)) for i in models]
 
-        def make(start: int, piece: Piece) -> jax.Array:
-            base, *theirs = piece
-            keeps = [
-                None if cut is None else _above(base, model, *cut, np.uint32(start % 2**32), start_of_hash)
-                for model, cut in zip(theirs, cuts, strict=True)
-            ]
-            return _elected(base, theirs, weights, keeps, [1.0] * len(theirs), self.scale, self.normalize)
-
-        return make
+    def merge(self, known: Any, start: Any, piece: Piece) -> jax.Array:
+        """Trims, elects signs, adds."""
+        base, *theirs = piece
+        cuts = known or [None] * len(theirs)
+        keeps = [
+            None if cut is None else _above(base, model, start, *cut) for model, cut in zip(theirs, cuts, strict=True)
+        ]
+        weights = weights_of(self.weights, len(theirs))
+        return _elected(base, theirs, weights, keeps, [1.0] * len(theirs), self.scale, self.normalize)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,20 +235,30 @@ class Dare:
         divisor_of(weights_of(self.weights, num_models), self.normalize and self.signs == "all")
         check_dare(self.density, self.seed, self.rescale)
 
-    def maker(self, tensor: Tensor) -> Make:
-        """The factors, if they depend on the tensor."""
-        drops = _drops(tensor, self.density, self.seed, self.rescale)
-        weights = weights_of(self.weights, len(drops))
+    def look(self, tensor: Tensor) -> Any:
+        """The salts of the hashes that drop, and the factors of what is left."""
+        if self.density == 1:
+            return []
+        known = []
+        for number in range(1, len(tensor.sources)):
+            salted = _salt(tensor.name, self.seed + number)
+            factor = 1 / self.density if self.rescale == "share" else 1.0
+            if self.rescale == "norm":
+                factor = _factor(tensor, number, salted, self.density)
+            known.append((salted, factor))
+        return known
 
-        def make(start: int, piece: Piece) -> jax.Array:
-            base, *theirs = piece
-            dropped = [drop(start, base.size) for drop in drops]
-            if self.signs == "elected":
-                keeps, factors = ([pair[i] for pair in dropped] for i in (0, 1))
-                return _elected(base, theirs, weights, keeps, factors, self.scale, self.normalize)
-            return _summed(base, theirs, weights, dropped, divisor_of(weights, self.normalize), self.scale)
-
-        return make
+    def merge(self, known: Any, start: Any, piece: Piece) -> jax.Array:
+        """Drops, adds; elects signs in between if asked to."""
+        base, *theirs = piece
+        weights = weights_of(self.weights, len(theirs))
+        keeps: list[Any] = [kept(_places(base, start, salted), self.density) for salted, _ in known]
+        keeps = keeps or [None] * len(theirs)
+        factors = [factor for _, factor in known] or [1.0] * len(theirs)
+        if self.signs == "elected":
+            return _elected(base, theirs, weights, keeps, factors, self.scale, self.normalize)
+        pairs = list(zip(keeps, factors, strict=True))
+        return _summed(base, theirs, weights, pairs, divisor_of(weights, self.normalize), self.scale)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -271,19 +286,18 @@ class Transplant:
             raise ValueError("origin, the folder of the weights before tuning, goes with overlap='largest': there it "
                              "says how far each entry moved")  # fmt: skip
 
-    def maker(self, tensor: Tensor) -> Make:
-        """Nothing to look at."""
+    def look(self, tensor: Tensor) -> Any:
+        """Nothing."""
+
+    def merge(self, known: Any, start: Any, piece: Piece) -> jax.Array:
+        """Each model's core in turn."""
         number = len(self.cores)
-
-        def make(start: int, piece: Piece) -> jax.Array:
-            base, models, marks = piece[0], piece[1 : 1 + number], piece[1 + number : 1 + 2 * number]
-            owned = unowned(base, self.overlap, self.overlap == "largest")
-            for rank, (model, mark) in enumerate(zip(models, marks, strict=True), 1):
-                size = _distance(model, piece[-1]) if self.overlap == "largest" else None
-                owned, _ = take_over(owned, model, mark != 0, size, rank, self.overlap)
-            return resolved(base, owned, self.overlap)
-
-        return make
+        base, models, marks = piece[0], piece[1 : 1 + number], piece[1 + number : 1 + 2 * number]
+        owned = unowned(base, self.overlap, self.overlap == "largest")
+        for rank, (model, mark) in enumerate(zip(models, marks, strict=True), 1):
+            size = jnp.abs(model - piece[-1]) if self.overlap == "largest" else None
+            owned, _ = take_over(owned, model, mark != 0, size, jnp.int32(rank), self.overlap)
+        return resolved(base, owned, self.overlap)
 
 
 METHODS: dict[str, tuple[Callable[..., Recipe], dict[str, Any]]] = {
@@ -309,10 +323,20 @@ def fields_of(method: str, *, needed: bool = False) -> list[str]:
     ]
 
 
+@functools.partial(jax.jit, static_argnames=("recipe", "num_checked", "dtype"))
+def merged_piece(
+    recipe: Recipe, known: Any, start: Any, piece: Sequence[np.ndarray], *, num_checked: int, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """A piece of the result in its type, and for each of the first sources whether it is finite throughout."""
+    wide = [jnp.asarray(part).astype(jnp.float32) for part in piece]
+    finite = jnp.stack([jnp.all(jnp.isfinite(part)) for part in wide[:num_checked]])
+    return recipe.merge(known, start, wide).astype(dtype), finite
+
+
 def _summed(
     base: Any, models: Piece, weights: Sequence[float], kept_of: Sequence[Any], divisor: float, scale: float
 ) -> jax.Array:
-    total = _zeros(models[0].size)
+    total = jnp.zeros(models[0].shape, jnp.float32)
     for model, weight, (keep, factor) in zip(models, weights, kept_of, strict=True):
         total, _ = add(total, base, model, weight, keep, factor)
     return settle(base, total, divisor, scale, jnp.float32)
@@ -325,12 +349,9 @@ def _elected(
     return settle(base, total, divisor, scale, jnp.float32)
 
 
-@functools.cache
-def _zeros(size: int) -> jax.Array:
-    return jnp.zeros(size, jnp.float32)
-
-
-def _each(tensor: Tensor, look: Callable[[int, Piece], Any], which: Sequence[int] | None = None) -> Iterator[Any]:
+def _each(
+    tensor: Tensor, look: Callable[[int, list[np.ndarray]], Any], which: Sequence[int] | None = None
+) -> Iterator[Any]:
     """What `look` sees in each piece, on the host. One piece is looked at while the next is read, no more wait."""
     before = None
     for start, count in tensor.starts():
@@ -342,37 +363,43 @@ def _each(tensor: Tensor, look: Callable[[int, Piece], Any], which: Sequence[int
         yield jax.device_get(before)
 
 
-def _angle(tensor: Tensor) -> tuple[float, bool]:
-    """Radians between two sources, and whether one of them is zero."""
-    looked = list(_each(tensor, lambda start, piece: _sizes(*piece)))
-    largest, squares = np.max([x for x, _ in looked], axis=0), np.sum([x for _, x in looked], axis=0, dtype=np.float64)
+def _angle(tensor: Tensor, eps: float) -> tuple[float, bool]:
+    """Radians between two sources, and whether they are to be merged linearly."""
+    looked = list(_each(tensor, lambda start, piece: _products(*piece, 1.0, 1.0)))
+    largest = np.max([x for x, _ in looked], axis=0)
+    products = np.array([x for _, x in looked], np.float64).sum(axis=0)
     if not largest.all() or not np.isfinite(largest).all():
         return 0.0, True
     scale = np.where((largest > 1e-15) & (largest < 1e15), np.float32(1), largest)
     if (scale != 1).any():  # squares would leave the range of float32
-        looked = list(_each(tensor, lambda start, piece: _sizes(piece[0] / scale[0], piece[1] / scale[1])))
-        squares = np.sum([x for _, x in looked], axis=0, dtype=np.float64)
-    norms = scale.astype(np.float64) * np.sqrt(squares)
+        looked = list(_each(tensor, lambda start, piece: _products(*piece, *scale)))
+        products = np.array([x for _, x in looked], np.float64).sum(axis=0)
+    norms = np.sqrt(products[:2])
+    cosine = products[2] / norms[0] / norms[1]
+    if 1 - abs(cosine) < min(eps, 1e-4) / 2:
+        return 0.0, True
+    if abs(cosine) < 0.99:
+        return math.acos(cosine), abs(cosine) > 1 - eps
+    norms = scale.astype(np.float64) * norms  # an arccos of float32 products would lose digits
     gaps = np.sum(list(_each(tensor, lambda start, piece: _gaps(*piece, *norms))), axis=0, dtype=np.float64)
-    return float(2 * np.arctan2(*np.sqrt(gaps))), False
+    angle = float(2 * np.arctan2(*np.sqrt(gaps)))
+    return angle, abs(math.cos(angle)) > 1 - eps
 
 
 @jax.jit
-def _sizes(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    both = jnp.stack([jnp.max(jnp.abs(a)), jnp.max(jnp.abs(b))])
-    return both, jnp.stack([jnp.sum(a * a), jnp.sum(b * b)])
+def _products(a: jax.Array, b: jax.Array, scale_a: Any, scale_b: Any) -> tuple[jax.Array, jax.Array]:
+    """Largest sizes of two pieces; the products a a, b b, a b once they are divided by the scales."""
+    a, b = a.astype(jnp.float32) / scale_a, b.astype(jnp.float32) / scale_b
+    return jnp.stack([jnp.max(jnp.abs(a)), jnp.max(jnp.abs(b))]), jnp.stack(
+        [jnp.sum(a * a), jnp.sum(b * b), jnp.sum(a * b)]
+    )
 
 
 @jax.jit
 def _gaps(a: jax.Array, b: jax.Array, norm_a: jax.Array, norm_b: jax.Array) -> jax.Array:
     """Squares of the difference and of the sum of two directions."""
-    u, v = a / norm_a, b / norm_b
+    u, v = a.astype(jnp.float32) / norm_a, b.astype(jnp.float32) / norm_b
     return jnp.stack([jnp.sum((u - v) ** 2), jnp.sum((u + v) ** 2)])
-
-
-@jax.jit
-def _distance(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.abs(a - b)
 
 
 def _salt(name: str, seed: int) -> Any:
@@ -381,7 +408,7 @@ def _salt(name: str, seed: int) -> Any:
 
 @jax.jit
 def _keys(base: jax.Array, model: jax.Array) -> jax.Array:
-    return ordered(jnp.abs(model - base))
+    return ordered(jnp.abs(task_vector(base, model)))
 
 
 @jax.jit
@@ -389,10 +416,7 @@ def _places(like: jax.Array, start: jax.Array, salted: jax.Array) -> jax.Array:
     return fmix32((start + jnp.arange(like.size, dtype=jnp.uint32)) ^ salted)
 
 
-@jax.jit
-def _above(
-    base: jax.Array, model: jax.Array, cut: jax.Array, end: jax.Array, start: jax.Array, salted: jax.Array
-) -> jax.Array:
+def _above(base: jax.Array, model: jax.Array, start: Any, cut: Any, end: Any, salted: Any) -> jax.Array:
     keys = _keys(base, model)
     return (keys > cut) | ((keys == cut) & (_places(keys, start, salted) <= end))
 
@@ -419,13 +443,9 @@ def _cut(tensor: Tensor, model: int, density: float) -> tuple[np.uint32, np.uint
     if wanted == counts[lower]:
         return cut, np.uint32(2**32 - 1)
     salted = _salt(tensor.name, 0)
-    ties = [np.asarray(_places(_zeros(_length(k)), np.uint32(start % 2**32), salted))[: k.size][k == cut]
-            for start, k in keys()]  # fmt: skip
+    places = _each(tensor, lambda start, piece: _places(piece[0], np.uint32(start % 2**32), salted), (0,))
+    ties = [place[: k.size][k == cut] for place, (_, k) in zip(places, keys(), strict=True)]
     return cut, np.partition(np.concatenate(ties), wanted - 1)[wanted - 1]
-
-
-def _length(part: np.ndarray) -> int:
-    return PIECE if part.size == PIECE else SMALL
 
 
 def _bin(counts: np.ndarray, wanted: int) -> tuple[int, int]:
@@ -435,36 +455,16 @@ def _bin(counts: np.ndarray, wanted: int) -> tuple[int, int]:
     return counts.size - 1 - place, wanted - int(reached[place] - counts[::-1][place])
 
 
-def _drops(tensor: Tensor, density: float, seed: int, rescale: str) -> list[Callable[[int, int], tuple[Any, Any]]]:
-    """For each model what makes (entries that stay, their factor) of a piece."""
-    drops: list[Callable[[int, int], tuple[Any, Any]]] = []
-    for number in range(1, len(tensor.sources)):
-        if density == 1:
-            drops.append(lambda start, size: (None, 1.0))
-            continue
-        salted, factor = _salt(tensor.name, seed + number), 1 / density if rescale == "share" else 1.0
-        if rescale == "norm":
-            look = functools.partial(_sums_of, salted=salted, density=density)
-            whole, part = np.array(list(_each(tensor, look, (0, number))), np.float64).sum(axis=0)
-            factor = float(ratio(whole, part))
-        drops.append(functools.partial(_drop, salted=salted, density=density, factor=factor))
-    return drops
+def _factor(tensor: Tensor, model: int, salted: Any, density: float) -> float:
+    """What gives a model's task vector its sum of sizes back."""
 
+    def look(start: int, piece: list[np.ndarray]) -> jax.Array:
+        return _sums(*piece, np.uint32(start % 2**32), salted, density)
 
-def _drop(start: int, size: int, *, salted: Any, density: float, factor: float) -> tuple[jax.Array, float]:
-    return _stays(_zeros(size), np.uint32(start % 2**32), salted, density), factor
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _stays(like: jax.Array, start: jax.Array, salted: jax.Array, density: float) -> jax.Array:
-    return kept(_places(like, start, salted), density)
-
-
-def _sums_of(start: int, piece: Piece, *, salted: Any, density: float) -> jax.Array:
-    return _sums(*piece, np.uint32(start % 2**32), salted, density)
+    sums = np.array(list(_each(tensor, look, (0, model))), np.float64).sum(axis=0)
+    return float(ratio(sums[0], sums[1]))
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _sums(base: jax.Array, model: jax.Array, start: jax.Array, salted: jax.Array, density: float) -> Any:
-    sums = sums_of_sizes(base, model, _stays(base, start, salted, density), (0,))
-    return jnp.concatenate(sums)
+def _sums(base: jax.Array, model: jax.Array, start: jax.Array, salted: jax.Array, density: float) -> jax.Array:
+    return jnp.concatenate(sums_of_sizes(base, model, kept(_places(base, start, salted), density), (0,)))

@@ -30,6 +30,7 @@ CONFIG = {"model_type": "llama", "vocab_size": 70, "rope_theta": 1e4, "torch_dty
 def small_pieces(monkeypatch, request):
     if "memory" not in request.node.name:
         monkeypatch.setattr(merge_recipes, "PIECE", 2048)
+        monkeypatch.setattr(merge_recipes, "STEP", 1024)
         monkeypatch.setattr(merge_recipes, "SMALL", 256)
 
 
@@ -276,5 +277,5 @@ def test_the_script_merges_and_tells_what_a_method_reads(tmp_path):
         done = run(*words)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     done = run("linear", one, two, "--weights", "3,1", "--normalize", "yes")
-    assert done.returncode == 0 and "Linear(weights=[3.0, 1.0], normalize=True) of 2 models: 3 tensors" in done.stdout
+    assert done.returncode == 0 and "Linear(weights=(3.0, 1.0), normalize=True) of 2 models: 3 tensors" in done.stdout
     close(result(tmp_path / "out"), jax.tree.map(np.asarray, linear([BASE, TUNED[0]], weights=[3, 1])), atol=1e-6)
