@@ -304,14 +304,16 @@ def second_moment(inner_state: optax.OptState, params: Any) -> Any:
 
 
 def _num_not_finite(updates: Any) -> jax.Array:
-    """How many entries have a square that is not finite: one norm says whether it is worth to count."""
+    """How many entries are not finite. A sum, the fastest way to read a leaf, says whether there are any to count."""
+    leaves = jax.tree.leaves(updates)
 
     def count() -> jax.Array:
-        return sum(
-            (jnp.sum(~jnp.isfinite(jnp.square(g)), dtype=jnp.int32) for g in jax.tree.leaves(updates)), jnp.int32(0)
-        )
+        total = jnp.int32(0)
+        for g in leaves:
+            total += jnp.sum(selection.count(selection.constant("", g.shape, False), [jnp.isnan(g), jnp.isinf(g)]))
+        return total
 
-    return jax.lax.cond(jnp.isfinite(optax.tree.norm(updates)), lambda: jnp.int32(0), count)
+    return jax.lax.cond(jnp.isfinite(sum(jnp.sum(g) for g in leaves)), lambda: jnp.int32(0), count)
 
 
 def layout(tree: Any, rule: Rule) -> tuple[list[Scored], list[bool], list[int | None]]:
@@ -343,12 +345,17 @@ def _refreshed(importance: Any, state: EvolvingState, step: jax.Array, rule: Rul
         due = step == first
     else:
         due = (step >= first) & ((step - rule.warmup) % rule.refresh_every == 0)
-    return jax.lax.cond(
-        due, lambda i, m, d: _chosen(i, m, d, rule), lambda i, m, d: (m, d), importance, state.marks, state.drift
-    )
+
+    def choose(_: jax.Array, known: tuple[Any, Drift]) -> tuple[Any, Drift]:
+        # Tied to what the loop carries, or the compiler would do half of the work before the loop, at every update.
+        now, origin, (marks, drift) = jax.lax.optimization_barrier((importance, jnp.uint32(0), known))
+        return _chosen(now, marks, drift, rule, origin)
+
+    # A loop of one or no turn: unlike the branches of a cond it leaves marks in place and copies nothing.
+    return jax.lax.fori_loop(0, due.astype(jnp.int32), choose, (state.marks, state.drift))
 
 
-def _chosen(importance: Any, marks: Any, drift: Drift, rule: Rule) -> tuple[Any, Drift]:
+def _chosen(importance: Any, marks: Any, drift: Drift, rule: Rule, origin: jax.Array) -> tuple[Any, Drift]:
     parts, free, stacks = layout(marks, rule)
     treedef, old = jax.tree.structure(marks), jax.tree.leaves(marks)
     trees = importance if rule.tasks is not None else (importance,)
@@ -364,7 +371,7 @@ def _chosen(importance: Any, marks: Any, drift: Drift, rule: Rule) -> tuple[Any,
 
     def take(fraction: float) -> list[jax.Array]:
         wanted = selection.wanted_counts(eligible, fraction, rule.scope)
-        found = iter(selection.select(eligible, wanted, scope=rule.scope, positive=positive, seed=seed))
+        found = iter(selection.select(eligible, wanted, scope=rule.scope, positive=positive, seed=seed, origin=origin))
         return [next(found) if can else jnp.zeros(part.shape, bool) for part, can in zip(parts, free, strict=True)]
 
     masks = take(rule.fraction)
@@ -392,12 +399,12 @@ def _scored(
     """Every leaf with the keys of its r, the largest over tasks; the smallest first for "bottom"."""
     by_task = []
     for task in range(len(averages[0])):
-        finite = [_finite(each[task]) for each in averages]
+        finite = [_finite(jax.lax.optimization_barrier(each[task]), rule) for each in averages]
         by_task.append(statistics(parts, finite, stacks, rule.normalizer))
 
     def score(part: Scored, arrays: Any, known: Any) -> Scored:
         def key(both: Any) -> jax.Array:
-            scores = [normalized(part, _finite(s), own, rule.normalizer) for s, own in zip(*both, strict=True)]
+            scores = [normalized(part, _finite(s, rule), own, rule.normalizer) for s, own in zip(*both, strict=True)]
             keys = selection.ordered(functools.reduce(jnp.maximum, scores))
             return ~keys if rule.select == "bottom" else keys
 
@@ -406,10 +413,10 @@ def _scored(
     return [score(part, arrays, known) for part, arrays, *known in zip(parts, averages, *by_task, strict=True)]
 
 
-def _finite(s: jax.Array) -> jax.Array:
-    """Float32; Adam's second moment may hold what is not finite, which must not spoil its layer."""
+def _finite(s: jax.Array, rule: Rule) -> jax.Array:
+    """Float32. Adam's second moment, unlike our average, may hold what is not finite: it must not spoil its layer."""
     wide = s.astype(jnp.float32)
-    return jnp.where(jnp.isfinite(wide), wide, 0.0)
+    return jnp.where(wide < jnp.inf, wide, 0.0) if rule.importance_source == "adam_nu" else wide
 
 
 def _drifted(

@@ -278,11 +278,13 @@ def _isolations(opt_state: optax.OptState) -> list[Any]:
 
 
 def with_fresh_inner(opt_state: optax.OptState, fresh: optax.OptState) -> optax.OptState:
-    """`fresh`, a new state of the same optimizer, but an evolving isolation keeps importance, marks and step."""
+    """`fresh`, a new state, but an evolving isolation of the same optimizer keeps importance, marks and step."""
 
     def is_evolving(x: Any) -> bool:
         return isinstance(x, EvolvingState)
 
+    if not any(is_evolving(state) for state in _isolations(opt_state)):
+        return fresh  # perhaps of another optimizer
     return jax.tree.map(
         lambda old, new: old._replace(inner=new.inner) if is_evolving(old) else new,
         opt_state,

@@ -4,6 +4,7 @@
 layer: one slice of one leaf, or slice i of all leaves of a stack; s: importance, >= 0, [*leaf]; statistics: [slices].
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -35,23 +36,26 @@ def statistics(
       stacks: leaves with the same number share the statistics of slice i; None: a leaf by itself.
       normalizer: which.
     """
-    sums = [_sums(part, s, 0.0) for part, s in zip(parts, importance, strict=True)]
-    sums = _joined(parts, sums, stacks)
-    mean = [total / size for total, _, _, _, size in sums]
-    if normalizer in ("zscore", "tanh_z"):
-        around = [_sums(part, s, spread(part, m)) for part, s, m in zip(parts, importance, mean, strict=True)]
-        around = _joined(parts, around, stacks)
-        # What the rounded mean is off by is taken out again.
-        spreads = [jnp.maximum(square / size - jnp.square(total / size), 0.0) for total, square, _, _, size in around]
-        return [Statistics(m, jnp.sqrt(x)) for m, x in zip(mean, spreads, strict=True)]
-    zeros = [jnp.zeros_like(m) for m in mean]
+    sizes = [jnp.float32(math.prod(part.shape) // max(1, part.num_slices)) for part in parts]
+    size = [sum(together) for together in _stacked(sizes, stacks)]
+    zeros = [jnp.zeros(part.num_slices, jnp.float32) for part in parts]
+    if normalizer == "none":
+        return [Statistics(zero, zero + 1) for zero in zeros]
+    if normalizer in ("max", "minmax"):
+        high, low = zip(*(_extremes(part, s) for part, s in zip(parts, importance, strict=True)), strict=True)
+        high = [functools.reduce(jnp.maximum, together) for together in _stacked(high, stacks)]
+        low = [functools.reduce(jnp.minimum, together) for together in _stacked(low, stacks)]
+        low = zeros if normalizer == "max" else low
+        return [Statistics(x, y - x) for x, y in zip(low, high, strict=True)]
+    total, _ = zip(*(_sums(part, s, 0.0) for part, s in zip(parts, importance, strict=True)), strict=True)
+    mean = [sum(together) / n for together, n in zip(_stacked(total, stacks), size, strict=True)]
     if normalizer == "mean":
         return [Statistics(zero, m) for zero, m in zip(zeros, mean, strict=True)]
-    if normalizer == "max":
-        return [Statistics(zero, highest) for zero, (_, _, highest, _, _) in zip(zeros, sums, strict=True)]
-    if normalizer == "minmax":
-        return [Statistics(lowest, highest - lowest) for _, _, highest, lowest, _ in sums]
-    return [Statistics(zero, jnp.ones_like(zero)) for zero in zeros]
+    around = [_sums(part, s, spread(part, m)) for part, s, m in zip(parts, importance, mean, strict=True)]
+    total, square = (_stacked(each, stacks) for each in zip(*around, strict=True))
+    # What the rounded mean is off by is taken out again.
+    variance = [sum(x) / n - jnp.square(sum(y) / n) for x, y, n in zip(square, total, size, strict=True)]
+    return [Statistics(m, jnp.sqrt(jnp.maximum(v, 0.0))) for m, v in zip(mean, variance, strict=True)]
 
 
 def normalized(part: Scored, s: jax.Array, known: Statistics, normalizer: Normalizer) -> jax.Array:
@@ -63,31 +67,34 @@ def normalized(part: Scored, s: jax.Array, known: Statistics, normalizer: Normal
     return jnp.abs(jnp.tanh(r)) if normalizer == "tanh_z" else r
 
 
-def _sums(part: Scored, s: jax.Array, shift: Any) -> tuple[Any, ...]:
-    """Per slice of one leaf: sum and sum of squares of `s - shift`, largest, smallest; and the number of entries.
-
-    Rows first, so that no float adds up millions of terms one by one; one reduction, because it reads the leaf once.
-    """
-    size = jnp.float32(math.prod(part.shape) // max(1, part.num_slices))
+def _sums(part: Scored, s: jax.Array, shift: Any) -> tuple[jax.Array, jax.Array]:
+    """Sum and sum of squares of `s - shift` over each slice; by rows first, so that no float adds up millions."""
     d = s - shift
-    operands, start = (d, d * d, s, s), (0.0, 0.0, -jnp.inf, jnp.inf)
+    rows = _rows(part, (d, d * d), (0.0, 0.0), jax.lax.add, jax.lax.add)
+    return rows[0].sum(1), rows[1].sum(1)
+
+
+def _extremes(part: Scored, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Largest and smallest of each slice."""
+    high, low = _rows(part, (s, s), (-jnp.inf, jnp.inf), jax.lax.max, jax.lax.min)
+    return high.max(1), low.min(1)
+
+
+def _rows(part: Scored, pair: Any, start: Any, first: Any, second: Any) -> tuple[jax.Array, jax.Array]:
+    """Both reduced along the last axis in one pass, [slices, rows]. What is reduced is not stored, as in `count`."""
     if len(part.shape) > part.stacked:
 
         def combine(x: Any, y: Any) -> Any:
-            return x[0] + y[0], x[1] + y[1], jnp.maximum(x[2], y[2]), jnp.minimum(x[3], y[3])
+            return first(x[0], y[0]), second(x[1], y[1])
 
-        operands = jax.lax.reduce(operands, tuple(map(jnp.float32, start)), combine, (len(part.shape) - 1,))
-    totals, squares, highest, lowest = (x.reshape(part.num_slices, -1) for x in operands)
-    return totals.sum(1), squares.sum(1), highest.max(1), lowest.min(1), size
+        pair = jax.lax.reduce(pair, tuple(map(jnp.float32, start)), combine, (len(part.shape) - 1,))
+    high, low = (x.reshape(part.num_slices, -1) for x in pair)
+    return high, low
 
 
-def _joined(parts: Sequence[Scored], sums: list[tuple[Any, ...]], stacks: Sequence[int | None]) -> list[Any]:
-    for stack in {stack for stack in stacks if stack is not None}:
-        members = [i for i, other in enumerate(stacks) if other == stack]
-        total, square, highest, lowest, size = zip(*(sums[i] for i in members), strict=True)
-        together = (
-            sum(total), sum(square), jnp.max(jnp.stack(highest), 0), jnp.min(jnp.stack(lowest), 0), sum(size),
-        )  # fmt: skip
-        for i in members:
-            sums[i] = together
-    return sums
+def _stacked(values: Sequence[Any], stacks: Sequence[int | None]) -> list[list[Any]]:
+    """For every leaf the values of all leaves that share its layers: its own alone, or those of its stack."""
+    return [
+        [own] if stack is None else [value for value, other in zip(values, stacks, strict=True) if other == stack]
+        for own, stack in zip(values, stacks, strict=True)
+    ]

@@ -214,7 +214,13 @@ def wanted_counts(parts: Sequence[Scored], fraction: float, scope: Scope) -> lis
 
 
 def select(
-    parts: Sequence[Scored], wanted: Sequence[Limbs], *, scope: Scope, positive: bool = False, seed: Any = 0
+    parts: Sequence[Scored],
+    wanted: Sequence[Limbs],
+    *,
+    scope: Scope,
+    positive: bool = False,
+    seed: Any = 0,
+    origin: Any = 0,
 ) -> list[jax.Array]:
     """A mask for every leaf: the largest share of the keys, as `largest` says.
 
@@ -224,6 +230,8 @@ def select(
       scope: that of `wanted`.
       positive: never mark a score of 0 or less, even if fewer than the share are marked.
       seed: changes the order of ties; an integer, or a traced one.
+      origin: 0. Inside a loop, a 0 of which the compiler does not know that it never changes: it would store the place
+        of every entry before the loop.
     """
     if not parts:
         return []
@@ -242,7 +250,7 @@ def select(
     left = [minus(want, count) for want, count in zip(wanted, above, strict=True)]
     if positive:
         left = [Limbs(*(jnp.where(c > ZERO, x, jnp.uint32(0)) for x in y)) for y, c in zip(left, cuts, strict=True)]
-    salts = [salt(part, seed) for part in parts]
+    salts = [(salt(part, seed), jnp.asarray(origin, jnp.uint32)) for part in parts]
     ends, takes = jax.lax.cond(
         jnp.any(jnp.stack([jnp.any((x.high > 0) | (x.low > 0)) for x in left])),
         lambda: _break_ties(parts, cuts, left, salts, scope),
@@ -254,15 +262,20 @@ def select(
 
     masks = []
     for part, cut, end, take, mixed in zip(parts, cuts, ends, takes, salts, strict=True):
-        keys, places = part.key(part.arrays), place_keys(part, mixed)
+        keys, places = _keys(part), place_keys(part, *mixed)
         ties = (places < spread(part, end)) | ((places == spread(part, end)) & spread(part, take))
         chosen = (keys > spread(part, cut)) | ((keys == spread(part, cut)) & ties)
         masks.append(chosen & (keys > ZERO) if positive else chosen)
     return masks
 
 
+def _keys(part: Scored) -> jax.Array:
+    """The keys, behind a barrier, so that no two uses share a stored copy."""
+    return part.key(jax.lax.optimization_barrier(part.arrays))
+
+
 def _above(part: Scored, cut: jax.Array) -> Limbs:
-    keys = part.key(part.arrays)
+    keys = _keys(part)
     # Counting two things, because of one the CPU's compiler makes a loop without vectors on one core.
     above, _ = count(part, [keys > spread(part, cut), keys == spread(part, cut)])
     return limbs(above)
@@ -295,7 +308,7 @@ def _bisect(parts: Sequence[Scored], fixed: Any, hits: Any, reached: Any) -> lis
 
 
 def _break_ties(
-    parts: Sequence[Scored], cuts: Sequence[jax.Array], left: Sequence[Limbs], salts: Sequence[jax.Array], scope: Scope
+    parts: Sequence[Scored], cuts: Sequence[jax.Array], left: Sequence[Limbs], salts: Sequence[Any], scope: Scope
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Per slice: ties whose place key is below the first result are in, and the one that equals it if the second says.
 
@@ -303,19 +316,18 @@ def _break_ties(
     """
     pool = together if scope == "global" else list
 
-    def before(part: Scored, arrays: Any, fixed: tuple[jax.Array, ...]) -> Callable[[jax.Array], jax.Array]:
-        cut, mixed, origin = fixed
-        ties, places = part.key(arrays) == spread(part, cut), place_keys(part, mixed, origin)
+    def before(part: Scored, arrays: Any, fixed: tuple[jax.Array, Any]) -> Callable[[jax.Array], jax.Array]:
+        cut, mixed = fixed
+        ties, places = part.key(arrays) == spread(part, cut), place_keys(part, *mixed)
         return lambda candidate: ties & (places < candidate)
 
     def fit(counts: list[Limbs]) -> list[jax.Array]:
         return [~more(count, most) for count, most in zip(pool(counts), left, strict=True)]
 
-    fixed = [(cut, mixed, jnp.uint32(0)) for cut, mixed in zip(cuts, salts, strict=True)]
-    ends = _bisect(parts, fixed, before, fit)
+    ends = _bisect(parts, list(zip(cuts, salts, strict=True)), before, fit)
     inside, equal = [], []
     for part, cut, end, mixed in zip(parts, cuts, ends, salts, strict=True):
-        ties, places = part.key(part.arrays) == spread(part, cut), place_keys(part, mixed)
+        ties, places = _keys(part) == spread(part, cut), place_keys(part, *mixed)
         low, at = count(part, [ties & (places < spread(part, end)), ties & (places == spread(part, end))])
         inside.append(limbs(low))
         equal.append(jnp.sum(at, axis=-1))
@@ -406,7 +418,7 @@ def salt(part: Scored, seed: Any) -> jax.Array:
 def place_keys(part: Scored, salts: jax.Array, origin: Any = 0) -> jax.Array:
     """A key for every entry, distinct inside a slice of at most 2^32: a hash of its place in the slice.
 
-    `origin` is 0; where the compiler cannot know that, it does not store the places of a whole leaf.
+    `origin` is 0 (`select`).
     """
     place, stride = jnp.asarray(origin, jnp.uint32), 1
     for axis in range(len(part.shape) - 1, part.stacked - 1, -1):
