@@ -6,6 +6,8 @@ with its defaults.
 """
 
 import dataclasses
+import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -84,26 +86,37 @@ def methods():
             yield pytest.param(dataclasses.replace(method, lora=Lora(rank=2)), id=f"{name}-lora")
 
 
+@functools.cache
+def place(axes):
+    """A mesh and a model on it, the same for all methods: those with one update function share their programs."""
+    devices = jax.devices()[: int(np.prod(axes))]
+    mesh = make_mesh(MeshOptions(data=axes[0], fsdp=axes[1], tensor=axes[2]), devices=devices)
+    return mesh, Model(CONFIG, constrain=constrainer(mesh))
+
+
+@functools.cache
+def weights():
+    return jax.jit(Model(CONFIG).init)(jax.random.key(0))
+
+
 @pytest.fixture(scope="module", params=methods())
 def start(request):
-    """(devices) -> a function that trains this method there; one device compiles once for all tests."""
+    """(devices) -> a function that trains this method there, and once for all tests what it does unless told."""
     jax.config.update("jax_disable_most_optimizations", True)
-    method, made = request.param, {}
+    method = request.param
 
+    @functools.cache
     def on(axes=(1, 1, 1)):
-        if axes not in made:
-            devices = jax.devices()[: int(np.prod(axes))]
-            mesh = make_mesh(MeshOptions(data=axes[0], fsdp=axes[1], tensor=axes[2]), devices=devices)
-            model = method.model(Model(CONFIG, constrain=constrainer(mesh)))
-            made[axes] = mesh, method.phase(model, num_tasks=2, steps=STEPS)
-        mesh, phase = made[axes]
+        mesh, model = place(axes)
+        phase = method.phase(method.model(model), num_tasks=2, steps=STEPS)
 
         def run(rows=None, **options):
-            reporter = options.pop("reporter", Losses())
+            reporter, rows = Losses(), rows or Rows()
             options = RunOptions(**({"steps": STEPS, "batch_size": 16, "log_every": 1} | options))
-            params = jax.jit(Model(CONFIG).init)(jax.random.key(0))
-            return train(phase, params, rows or Rows(), options=options, mesh=mesh, reporter=reporter)
+            state = train(phase, weights(), rows, options=options, mesh=mesh, reporter=reporter)
+            return types.SimpleNamespace(state=state, objectives=reporter.objectives, seen=rows.seen)
 
+        run.whole = functools.cache(run)
         return run
 
     yield on
@@ -116,19 +129,17 @@ def bits(tree):
 
 
 def test_lowers_the_loss_on_one_batch(start):
-    reporter = Losses()
-    start()(Rows(fixed=True), steps=20, reporter=reporter)
-    assert reporter.objectives[-1] < reporter.objectives[0]
+    objectives = start()(Rows(fixed=True), steps=20).objectives
+    assert objectives[-1] < objectives[0]
 
 
 def test_compiles_once(start):
-    rows = Rows()
-    start()(rows)
-    assert len(rows.seen) == STEPS and rows.seen[-1] == rows.seen[1]
+    seen = start().whole().seen
+    assert len(seen) == STEPS and seen[-1] == seen[1]
 
 
 def test_the_state_keeps_shapes_dtypes_and_shardings(start):
-    before, after = (start((2, 2, 2))(steps=steps) for steps in (1, 2))
+    before, after = start((2, 2, 2))(steps=1).state, start((2, 2, 2)).whole().state
     described = [[(x.shape, x.dtype, x.sharding) for x in jax.tree.leaves(state)] for state in (before, after)]
     assert described[0] == described[1]
     assert all(jnp.issubdtype(x.dtype, jnp.float32) for x in jax.tree.leaves(after.params))
@@ -138,14 +149,11 @@ def test_the_state_keeps_shapes_dtypes_and_shardings(start):
 
 
 def test_resuming_equals_not_stopping(start, tmp_path):
-    unbroken = start()()
     start()(directory=str(tmp_path), steps=STEPS // 2)
-    assert bits(start()(directory=str(tmp_path))) == bits(unbroken)
+    assert bits(start()(directory=str(tmp_path)).state) == bits(start().whole().state)
 
 
 def test_eight_devices_equal_one(start):
     """Before rounding has had the time to grow through the optimizer's quotient of moments."""
-    one, eight = Losses(), Losses()
-    start()(reporter=one)
-    start((2, 2, 2))(reporter=eight)
-    np.testing.assert_allclose(eight.objectives, one.objectives, rtol=2e-5)
+    one, eight = start().whole().objectives, start((2, 2, 2)).whole().objectives
+    np.testing.assert_allclose(eight, one, rtol=2e-5)
