@@ -181,6 +181,13 @@ def test_bottom_cores_are_those_that_moved_least_of_those_that_moved(spring, dpi
     assert set(np.flatnonzero(spring.flat(core))) == set(range(30, 30 + HELD))
 
 
+@pytest.mark.parametrize("cores", ["changed", "bottom"])
+def test_entries_that_did_not_move_never_belong(spring, dpi, cores):
+    moved = np.where(np.arange(spring.size) < 7, 1.0, 0.0)
+    core = dpi(cores=cores).core_of(spring.tree(moved), spring.tree(0 * moved), task="a")
+    assert set(np.flatnonzero(spring.flat(core))) == set(range(7))
+
+
 def test_sizes_may_be_relative_and_cut_in_every_layer(spring, dpi):
     before = np.where(np.arange(spring.size) % 2, 1.0, 100.0)
     after = before + np.where(np.arange(spring.size) % 2, 0.5, 1.0)
