@@ -435,9 +435,8 @@ def _cut(tensor: Tensor, model: int, density: float) -> tuple[np.uint32, np.uint
         for (start, count), found in zip(tensor.starts(), each, strict=True):
             yield start, found[:count]
 
-    upper, wanted = _bin(np.sum([np.bincount(k >> 16, minlength=2**16) for _, k in keys()], axis=0), wanted)
-    lows = [np.bincount(k[k >> 16 == upper] & 0xFFFF, minlength=2**16) for _, k in keys()]
-    counts = np.sum(lows, axis=0)
+    upper, wanted = _bin(_added(np.bincount(k >> 16, minlength=2**16) for _, k in keys()), wanted)
+    counts = _added(np.bincount(k[k >> 16 == upper] & 0xFFFF, minlength=2**16) for _, k in keys())
     lower, wanted = _bin(counts, wanted)
     cut = np.uint32(upper << 16 | lower)
     if wanted == counts[lower]:
@@ -446,6 +445,13 @@ def _cut(tensor: Tensor, model: int, density: float) -> tuple[np.uint32, np.uint
     places = _each(tensor, lambda start, piece: _places(piece[0], np.uint32(start % 2**32), salted), (0,))
     ties = [place[: k.size][k == cut] for place, (_, k) in zip(places, keys(), strict=True)]
     return cut, np.partition(np.concatenate(ties), wanted - 1)[wanted - 1]
+
+
+def _added(counts: Iterator[np.ndarray]) -> np.ndarray:
+    total = np.zeros(2**16, np.int64)
+    for more in counts:
+        total += more
+    return total
 
 
 def _bin(counts: np.ndarray, wanted: int) -> tuple[int, int]:
