@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures: `step`, one training step, ours beside others; `compile`, the seconds to compile it, by depth.
+"""Measures: `step`, one training step, ours beside others; `compile`, the seconds to compile it, by depth;
+`isolation`, what isolation adds to a step.
 
   python scripts/benchmark.py step --shape cpu-s --arms ours,plain,torch
   python scripts/benchmark.py step --shape cpu-m --arms ours,plain,torch,tunix --tunix-python PATH/bin/python
   python scripts/benchmark.py step --shape 1b --arms ours      (on an accelerator: reports MFU)
   python scripts/benchmark.py compile --shape cpu-s
+  python scripts/benchmark.py isolation --shape cpu-m --steps 12
 
 The arms of `step` have the same weights and batches, their logits are matched first, and their runs take turns. Each
 is a process of its own, so that peak memory is its own; an arm whose packages are missing is told as absent.
@@ -22,7 +24,7 @@ from jaxlm.command import Parser, call
 def main() -> int:
     """Reads the arguments, measures, prints a Markdown table."""
     parser = Parser(description=__doc__)
-    parser.add_argument("what", choices=["step", "compile"], help="what to measure")
+    parser.add_argument("what", choices=["step", "compile", "isolation"], help="what to measure")
     parser.add_argument("--shape", choices=list(shapes.SHAPES), default="cpu-s")
     parser.add_argument("--arms", default="ours,plain,torch,tunix", help="in this order; the first is what ratios mean")
     parser.add_argument("--steps", type=int, default=10, help="timed runs of each arm, after two that are not")
@@ -34,6 +36,11 @@ def main() -> int:
         from arms import compile_time  # late, because it imports jax, and --help must not
 
         print(compile_time.table(arguments.shape, shape))
+        return 0
+    if arguments.what == "isolation":
+        from arms import isolation
+
+        print(isolation.table(arguments.shape, shape, steps=arguments.steps))
         return 0
     with Arms(arguments.arms.split(","), arguments.shape, tunix_python=arguments.tunix_python) as arms:
         results = measure(arms, num_steps=arguments.steps, tolerance=shape.tolerance)

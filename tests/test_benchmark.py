@@ -12,10 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*arguments):
+def run(*arguments, what="step"):
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
     environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "scripts/benchmark.py", "step", "--shape", "tiny", *arguments]
+    command = [sys.executable, "scripts/benchmark.py", what, "--shape", "tiny", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -33,6 +33,15 @@ def test_arms_are_matched_timed_and_absent_ones_told():
 
 def lines(done):
     return [line for line in done.stdout.splitlines() if line.startswith("|")]
+
+
+def test_isolation_is_compared_with_adamw_and_costs_the_bytes_it_says():
+    done = run("--steps", "3", what="isolation")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines(done)}
+    extra = {arm: float(cells[3]) for arm, cells in rows.items() if arm.startswith(("AdamW", "isolate", "evolving"))}
+    # One byte a parameter for the mask, the average, and a few counters that weigh something at this size.
+    assert [round(x, 1) for x in extra.values()] == [0.0, 1.0, 5.0, 3.0, 1.0]
 
 
 def test_an_unknown_arm_is_refused():

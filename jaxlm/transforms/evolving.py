@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxlm.transforms.isolation import (
@@ -30,7 +31,7 @@ from jaxlm.transforms.isolation import (
 from jaxlm.transforms.normalizers import NORMALIZERS, Normalizer, normalized, statistics
 from jaxlm.weights import select as selection
 from jaxlm.weights.names import named_leaves
-from jaxlm.weights.select import Limbs, Scope, Scored
+from jaxlm.weights.select import Scope, Scored
 
 
 class Rule(NamedTuple):
@@ -285,7 +286,7 @@ def _rounded_at_random(x: jax.Array, path: str, step: jax.Array, seed: int) -> j
         0x9E3779B9
     )
     part = selection.constant(path, x.shape, False)
-    noise = selection.place_keys(part, selection.fmix32(start).reshape(1)) >> 16
+    noise = selection.place_keys(part, {"salt": selection.fmix32(start).reshape(1), "origin": jnp.uint32(0)}) >> 16
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
@@ -423,16 +424,21 @@ def _drifted(
     parts: Sequence[Scored], free: Sequence[bool], new: Sequence[jax.Array], old: Sequence[jax.Array], drift: Drift
 ) -> Drift:
     """How the new set compares with the first and the previous one, by exact counts."""
-    counts = []
-    for part, after, before in zip(parts, new, old, strict=True):
+    masks = []
+    for after, before in zip(new, old, strict=True):
         held, was, first = (after & HELD) != 0, (before & HELD) != 0, (after & FIRST) != 0
-        counts.append(selection.limbs(selection.count(part, [held, was, first, held & was, held & first])))
-    totals = selection.together(counts)[0]
-    held, was, first, kept, common = (_float(Limbs(*(x[i, 0] for x in totals))) for i in range(5))
+        masks.append([held, was, first, held & was, held & first])
+    counts = selection.tally(parts, masks)
+    totals = selection.together(counts)
+    held, was, first, kept, common = totals.high[:, 0].astype(jnp.float32) * 65536 + totals.low[:, 0]
     size = sum(math.prod(part.shape) for part, can in zip(parts, free, strict=True) if can)
-    slices = drift.counts.shape[1]
-    own = [jnp.stack([count.high[0], count.low[0]], axis=-1) for count in counts]
-    own = [jnp.pad(x, ((0, slices - x.shape[0]), (0, 0))) for x in own]
+    # Slices of leaf after leaf become rows; the last place holds the zero that fills short rows.
+    index = np.full(drift.counts.shape[:2], counts.low.shape[1])
+    begin = 0
+    for row, part in zip(index, parts, strict=True):
+        row[: part.num_slices] = np.arange(begin, begin + part.num_slices)
+        begin += part.num_slices
+    own = [jnp.append(limb[0], jnp.uint32(0))[index] for limb in counts]
     some = jnp.maximum(held, 1)
     return Drift(
         optax.safe_increment(drift.choices),
@@ -441,9 +447,5 @@ def _drifted(
         kept / jnp.maximum(held + was - kept, 1),
         (held - kept) / some,
         (was - kept) / some,
-        jnp.stack(own),
+        jnp.stack(own, axis=-1),
     )
-
-
-def _float(count: Limbs) -> jax.Array:
-    return count.high.astype(jnp.float32) * 65536 + count.low.astype(jnp.float32)

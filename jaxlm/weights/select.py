@@ -21,7 +21,9 @@ from jaxlm.weights.names import named_leaves
 
 Scope = Literal["global", "layer"]
 
-BITS = 4  # found in one pass over the scores, which counts 2^BITS - 1 candidates at once
+# Found in one pass over the scores, which counts 2^BITS - 1 candidates at once. More of them save passes, but compile
+# longer and, on CPU, run no sooner: 4 took 12 s to compile where 2 took 4.6 s, and 20 ms where 2 took 11.
+BITS = 2
 MAX_COUNT = 2**31 - 1  # of one int32
 
 
@@ -66,8 +68,8 @@ def largest(
     """Marks the `k = floor(fraction * D)` largest of all D scores, exactly k of them.
 
     Ties go by a fixed hash of path and place, never by position, so that no layer is preferred and any number of
-    devices and any layout choose the same set. The cut is found bit by bit: eight passes that count how many scores
-    reach each of fifteen candidates, and eight more over the ties if some of them must be left out.
+    devices and any layout choose the same set. The cut is found two bits a pass: sixteen passes that count how many scores
+    reach each of three candidates, and sixteen more over the ties if some of them must be left out.
 
     Args:
       scores: tree of floating arrays, ordered as float32; -0.0 equals 0.0 and NaN is below all.
@@ -119,7 +121,7 @@ def _marked(tree: Any, seed: Any, fraction: float, scope: Scope, stacked: Any, e
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "scope"))
-def _compiled(tree: Any, seed: Any, wanted: list[Limbs], rule: tuple[tuple[str, bool], ...], scope: Scope) -> Any:
+def _compiled(tree: Any, seed: Any, wanted: Limbs, rule: tuple[tuple[str, bool], ...], scope: Scope) -> Any:
     leaves = named_leaves(tree)
     masks = select(_parts(leaves, rule, seed), wanted, scope=scope, seed=0 if seed is None else seed)
     chosen = dict(zip([path for path, _ in rule], masks, strict=True))
@@ -199,28 +201,22 @@ def ordered(scores: jax.Array) -> jax.Array:
 ZERO = np.uint32(1 << 31)  # the key of a score of 0
 
 
-def wanted_counts(parts: Sequence[Scored], fraction: float, scope: Scope) -> list[Limbs]:
+def wanted_counts(parts: Sequence[Scored], fraction: float, scope: Scope) -> Limbs:
     """How many entries to mark: of each slice, or for the global scope of all, told to each slice."""
     check_fraction(fraction)
     if scope not in ("global", "layer"):
         raise ValueError(f"scope is 'global' or 'layer', got {scope!r}")
-    total = sum(math.prod(part.shape) for part in parts)
-    sizes = [total if scope == "global" else math.prod(part.shape) // max(1, part.num_slices) for part in parts]
-    limbs = [divmod(num_held(fraction, size), 2**16) for size in sizes]
-    return [
-        Limbs(*(np.full(part.num_slices, limb, np.uint32) for limb in both))  # type: ignore[arg-type]
-        for part, both in zip(parts, limbs, strict=True)
-    ]
+    sizes = slice_sizes(parts)
+    return host_limbs([num_held(fraction, sum(sizes) if scope == "global" else size) for size in sizes])
+
+
+def slice_sizes(parts: Sequence[Scored]) -> list[int]:
+    """Entries of every slice of every leaf, in order."""
+    return [math.prod(part.shape) // part.num_slices for part in parts for _ in range(part.num_slices)]
 
 
 def select(
-    parts: Sequence[Scored],
-    wanted: Sequence[Limbs],
-    *,
-    scope: Scope,
-    positive: bool = False,
-    seed: Any = 0,
-    origin: Any = 0,
+    parts: Sequence[Scored], wanted: Limbs, *, scope: Scope, positive: bool = False, seed: Any = 0, origin: Any = 0
 ) -> list[jax.Array]:
     """A mask for every leaf: the largest share of the keys, as `largest` says.
 
@@ -235,110 +231,100 @@ def select(
     """
     if not parts:
         return []
-    pool = together if scope == "global" else list
+    pool = together if scope == "global" else unchanged
 
     # More than k keys reach the cut, at most k stand above it: it is the (k+1)-th largest key.
-    def reaches(part: Scored, arrays: Any, _: None) -> Callable[[jax.Array], jax.Array]:
+    def reaches(part: Scored, arrays: Any, _: Any) -> Callable[[jax.Array], jax.Array]:
         keys = part.key(arrays)
         return lambda candidate: keys >= candidate
 
-    def too_many(counts: list[Limbs]) -> list[jax.Array]:
-        return [more(count, want) for count, want in zip(pool(counts), wanted, strict=True)]
-
-    cuts = _bisect(parts, [None] * len(parts), reaches, too_many)
-    above = pool([_above(part, cut) for part, cut in zip(parts, cuts, strict=True)])
-    left = [minus(want, count) for want, count in zip(wanted, above, strict=True)]
+    sizes = slice_sizes(parts)
+    none = host_limbs([0] * len(sizes))
+    cuts, reaching, above = _bisect(parts, {}, reaches, lambda x: more(pool(x), wanted), host_limbs(sizes), none)
+    ties, left = minus(reaching, above), minus(wanted, pool(above))
     if positive:
-        left = [Limbs(*(jnp.where(c > ZERO, x, jnp.uint32(0)) for x in y)) for y, c in zip(left, cuts, strict=True)]
-    salts = [(salt(part, seed), jnp.asarray(origin, jnp.uint32)) for part in parts]
-    ends, takes = jax.lax.cond(
-        jnp.any(jnp.stack([jnp.any((x.high > 0) | (x.low > 0)) for x in left])),
-        lambda: _break_ties(parts, cuts, left, salts, scope),
-        lambda: (
-            [jnp.zeros(part.num_slices, jnp.uint32) for part in parts],
-            [jnp.zeros(part.num_slices, bool) for part in parts],
-        ),
-    )
+        left = Limbs(*(jnp.where(cuts > ZERO, limb, jnp.uint32(0)) for limb in left))
+    fixed = {"cut": cuts, "salt": salts(parts, seed), "origin": jnp.asarray(origin, jnp.uint32)}
+
+    # Places are distinct inside a slice, so at most one a slice equals the end; those go by path and slice.
+    def before(part: Scored, arrays: Any, known: Any) -> Callable[[jax.Array], jax.Array]:
+        tied, places = part.key(arrays) == spread(part, known["cut"]), place_keys(part, known)
+        return lambda candidate: tied & (places < candidate)
+
+    def break_ties() -> tuple[jax.Array, jax.Array]:
+        ends, inside, with_end = _bisect(parts, fixed, before, lambda x: ~more(pool(x), left), none, ties)
+        missing, equal = minus(left, pool(inside)), minus(with_end, inside).low
+        queue = jnp.cumsum(equal) - equal if scope == "global" else jnp.zeros_like(equal)
+        return ends, (missing.high > 0) | (missing.low > queue)
+
+    def no_ties() -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros(len(sizes), jnp.uint32), jnp.zeros(len(sizes), bool)
+
+    ends, takes = jax.lax.cond(jnp.any((left.high > 0) | (left.low > 0)), break_ties, no_ties)
 
     masks = []
-    for part, cut, end, take, mixed in zip(parts, cuts, ends, takes, salts, strict=True):
-        keys, places = _keys(part), place_keys(part, *mixed)
-        ties = (places < spread(part, end)) | ((places == spread(part, end)) & spread(part, take))
-        chosen = (keys > spread(part, cut)) | ((keys == spread(part, cut)) & ties)
+    for part, known in zip(parts, _apart(parts, fixed | {"end": ends, "take": takes}), strict=True):
+        # The barrier keeps two uses of the keys from sharing a stored copy.
+        keys, places = part.key(jax.lax.optimization_barrier(part.arrays)), place_keys(part, known)
+        cut, end, take = (spread(part, known[name]) for name in ("cut", "end", "take"))
+        chosen = (keys > cut) | ((keys == cut) & ((places < end) | ((places == end) & take)))
         masks.append(chosen & (keys > ZERO) if positive else chosen)
     return masks
 
 
-def _keys(part: Scored) -> jax.Array:
-    """The keys, behind a barrier, so that no two uses share a stored copy."""
-    return part.key(jax.lax.optimization_barrier(part.arrays))
-
-
-def _above(part: Scored, cut: jax.Array) -> Limbs:
-    keys = _keys(part)
-    # Counting two things, because of one the CPU's compiler makes a loop without vectors on one core.
-    above, _ = count(part, [keys > spread(part, cut), keys == spread(part, cut)])
-    return limbs(above)
-
-
-def _bisect(parts: Sequence[Scored], fixed: Any, hits: Any, reached: Any) -> list[jax.Array]:
-    """Per slice the largest uint32 `x` for which `reached` says yes, BITS bits a pass.
+def _bisect(
+    parts: Sequence[Scored], fixed: Any, hits: Any, reached: Any, at: Limbs, beyond: Limbs
+) -> tuple[jax.Array, Limbs, Limbs]:
+    """Per slice the largest uint32 `x` for which `reached` says yes, BITS bits a pass; counts at `x` and at `x + 1`.
 
     Args:
-      fixed: per part, what is handed to `hits`.
-      hits: (part, its arrays, its fixed) to a function from a candidate to the mask that is counted.
-      reached: counts [candidates, slices] of every part to bools; yes for small candidates, then no.
+      fixed: a dict of uint32 [slices], or scalars: handed to `hits`.
+      hits: (part, its arrays, its share of `fixed`) to a function from a candidate to the mask that is counted.
+      reached: counts [candidates, slices] to bools; yes for small candidates, then no.
+      at: counts at 0.
+      beyond: counts at 2^32.
     """
-    num_candidates = 2**BITS - 1
-    steps = jnp.arange(1, num_candidates + 1, dtype=jnp.uint32)
+    steps = jnp.arange(1, 2**BITS, dtype=jnp.uint32)
 
-    def sweep(i: jax.Array, found: list[jax.Array]) -> list[jax.Array]:
+    def sweep(i: jax.Array, carried: tuple[jax.Array, Limbs, Limbs]) -> tuple[jax.Array, Limbs, Limbs]:
         shift = (32 - BITS - BITS * i).astype(jnp.uint32)
         # The barrier keeps what is counted from being computed once, outside the loop, and stored.
-        arrays, here, found = jax.lax.optimization_barrier(([part.arrays for part in parts], fixed, found))
-        counts = []
-        for part, own, fix, x in zip(parts, arrays, here, found, strict=True):
-            mask_of = hits(part, own, fix)
-            counts.append(limbs(count(part, [mask_of(spread(part, x + (step << shift))) for step in steps])))
-        return [
-            x + (jnp.sum(yes, axis=0, dtype=jnp.uint32) << shift) for x, yes in zip(found, reached(counts), strict=True)
-        ]
+        arrays, here, carried = jax.lax.optimization_barrier(([part.arrays for part in parts], fixed, carried))
+        found, at, beyond = carried
+        masks = []
+        for part, own, known in zip(parts, arrays, _apart(parts, here | {"found": found}), strict=True):
+            mask_of = hits(part, own, known)
+            masks.append([mask_of(spread(part, known["found"] + (step << shift))) for step in steps])
+        counts = tally(parts, masks)
+        yes = jnp.sum(reached(counts), axis=0, dtype=jnp.uint32)
+        place = yes.astype(jnp.int32).reshape(1, -1)
 
-    return jax.lax.fori_loop(0, 32 // BITS, sweep, [jnp.zeros(part.num_slices, jnp.uint32) for part in parts])
+        def pick(rows: list[jax.Array]) -> jax.Array:
+            return jnp.take_along_axis(jnp.concatenate(rows), place, axis=0).reshape(-1)
+
+        last = Limbs(*(pick([x.reshape(1, -1), y]) for x, y in zip(at, counts, strict=True)))
+        next_ = Limbs(*(pick([y, x.reshape(1, -1)]) for x, y in zip(beyond, counts, strict=True)))
+        return found + (yes << shift), last, next_
+
+    start = (jnp.zeros(at.low.shape, jnp.uint32), Limbs(*map(jnp.asarray, at)), Limbs(*map(jnp.asarray, beyond)))
+    return jax.lax.fori_loop(0, 32 // BITS, sweep, start)
 
 
-def _break_ties(
-    parts: Sequence[Scored], cuts: Sequence[jax.Array], left: Sequence[Limbs], salts: Sequence[Any], scope: Scope
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Per slice: ties whose place key is below the first result are in, and the one that equals it if the second says.
+def _apart(parts: Sequence[Scored], values: dict[str, jax.Array]) -> list[dict[str, jax.Array]]:
+    """For every leaf its own slices of each vector; scalars as they are."""
+    found, begin = [], 0
+    for part in parts:
+        end = begin + part.num_slices
+        found.append({name: x[begin:end] if x.ndim else x for name, x in values.items()})
+        begin = end
+    return found
 
-    Place keys are distinct inside a slice, so at most one a slice equals the end; those go by path and slice.
-    """
-    pool = together if scope == "global" else list
 
-    def before(part: Scored, arrays: Any, fixed: tuple[jax.Array, Any]) -> Callable[[jax.Array], jax.Array]:
-        cut, mixed = fixed
-        ties, places = part.key(arrays) == spread(part, cut), place_keys(part, *mixed)
-        return lambda candidate: ties & (places < candidate)
-
-    def fit(counts: list[Limbs]) -> list[jax.Array]:
-        return [~more(count, most) for count, most in zip(pool(counts), left, strict=True)]
-
-    ends = _bisect(parts, list(zip(cuts, salts, strict=True)), before, fit)
-    inside, equal = [], []
-    for part, cut, end, mixed in zip(parts, cuts, ends, salts, strict=True):
-        ties, places = _keys(part) == spread(part, cut), place_keys(part, *mixed)
-        low, at = count(part, [ties & (places < spread(part, end)), ties & (places == spread(part, end))])
-        inside.append(limbs(low))
-        equal.append(jnp.sum(at, axis=-1))
-    missing = [minus(most, count) for most, count in zip(left, pool(inside), strict=True)]
-    if scope == "global":
-        ends_at = np.cumsum([part.num_slices for part in parts])[:-1]
-        queue = jnp.cumsum(jnp.concatenate(equal))
-        before_it = [x - own for x, own in zip(jnp.split(queue, ends_at), equal, strict=True)]
-    else:
-        before_it = [jnp.zeros_like(own) for own in equal]
-    return ends, [(x.high > 0) | (x.low > n.astype(jnp.uint32)) for x, n in zip(missing, before_it, strict=True)]
+def tally(parts: Sequence[Scored], masks: Sequence[Sequence[jax.Array]]) -> Limbs:
+    """How many are set in each of some masks of every leaf: [masks, slices of all leaves]."""
+    counts = [count(part, own) for part, own in zip(parts, masks, strict=True)]
+    pieces = max(x.shape[2] for x in counts)
+    return limbs(jnp.concatenate([jnp.pad(x, ((0, 0), (0, 0), (0, pieces - x.shape[2]))) for x in counts], axis=1))
 
 
 def count(part: Scored, masks: Sequence[jax.Array]) -> jax.Array:
@@ -382,13 +368,23 @@ def _carry(high: jax.Array, low: jax.Array) -> Limbs:
     return Limbs(high + (low >> 16), low & jnp.uint32(0xFFFF))
 
 
-def together(counts: Sequence[Limbs]) -> list[Limbs]:
-    """For every part the sum over all slices (the last axis) of all parts."""
-    if sum(count.low.shape[-1] for count in counts) > 2**15:
-        raise ValueError("a tree of more than 2^15 slices: stack fewer, larger leaves")
-    highs, lows = ([jnp.sum(x, axis=-1) for x in each] for each in zip(*counts, strict=True))
-    total = _carry(sum(highs[1:], highs[0]), sum(lows[1:], lows[0]))
-    return [Limbs(*(jnp.broadcast_to(x[..., None], count.low.shape) for x in total)) for count in counts]
+def host_limbs(numbers: Sequence[int]) -> Limbs:
+    """Numbers of the host."""
+    pairs = np.array([divmod(number, 2**16) for number in numbers], np.uint32)
+    return Limbs(pairs[:, 0], pairs[:, 1])  # type: ignore[arg-type]
+
+
+def unchanged(counts: Limbs) -> Limbs:
+    """Every slice for itself."""
+    return counts
+
+
+def together(counts: Limbs) -> Limbs:
+    """For every slice the sum over all (the last axis)."""
+    if counts.low.shape[-1] > 2**15:
+        raise ValueError(f"a tree of {counts.low.shape[-1]} slices, at most 2^15 add up exactly: stack fewer layers")
+    total = _carry(*(jnp.sum(limb, axis=-1, keepdims=True) for limb in counts))
+    return Limbs(*(jnp.broadcast_to(limb, counts.low.shape) for limb in total))
 
 
 def more(count: Limbs, most: Limbs) -> jax.Array:
@@ -408,23 +404,25 @@ def spread(part: Scored, values: jax.Array) -> jax.Array:
     return values.reshape((-1,) + (1,) * (len(part.shape) - 1)) if part.stacked else values.reshape(())
 
 
-def salt(part: Scored, seed: Any) -> jax.Array:
-    """Where the hash of each slice begins: uint32 [slices]."""
-    index = np.arange(part.num_slices, dtype=np.uint32) * np.uint32(0x9E3779B9)
-    own = jnp.asarray(index + np.uint32(zlib.crc32(part.path.encode())))
-    return fmix32(own + fmix32(jnp.asarray(seed).astype(jnp.uint32)))
+def salts(parts: Sequence[Scored], seed: Any) -> jax.Array:
+    """Where the hash of each slice begins: uint32 [slices of all leaves]."""
+    index = [np.arange(part.num_slices, dtype=np.uint32) * np.uint32(0x9E3779B9) for part in parts]
+    own = [x + np.uint32(zlib.crc32(part.path.encode())) for x, part in zip(index, parts, strict=True)]
+    return fmix32(jnp.asarray(np.concatenate(own)) + fmix32(jnp.asarray(seed).astype(jnp.uint32)))
 
 
-def place_keys(part: Scored, salts: jax.Array, origin: Any = 0) -> jax.Array:
+def place_keys(part: Scored, known: dict[str, jax.Array]) -> jax.Array:
     """A key for every entry, distinct inside a slice of at most 2^32: a hash of its place in the slice.
 
-    `origin` is 0 (`select`).
+    Args:
+      part: the leaf.
+      known: "salt" [slices], and "origin", 0 (`select`).
     """
-    place, stride = jnp.asarray(origin, jnp.uint32), 1
+    place, stride = known["origin"], 1
     for axis in range(len(part.shape) - 1, part.stacked - 1, -1):
         place = place + jax.lax.broadcasted_iota(jnp.uint32, part.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= part.shape[axis]
-    return fmix32(jnp.broadcast_to(place, part.shape) ^ spread(part, salts))
+    return fmix32(jnp.broadcast_to(place, part.shape) ^ spread(part, known["salt"]))
 
 
 def fmix32(x: jax.Array) -> jax.Array:

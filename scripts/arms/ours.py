@@ -2,6 +2,8 @@
 """jaxlm's own step: the SFT phase through `make_train_step`, with all its metrics, on one device."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,19 @@ def model_config(shape: Shape) -> ModelConfig:
 
 def build(shape: Shape):
     """(logits of tokens, one update and its loss)."""
+    model, state, compiled = prepared(shape)
+    states = [state]
+
+    def step(tokens):
+        states[0], metrics = jax.block_until_ready(compiled(states[0], batch_of(shape, tokens)))
+        return float(metrics["loss"])
+
+    probe = jax.jit(lambda params, tokens: model.logits(params, model.apply(params, tokens)))
+    return lambda tokens: probe(states[0].params, tokens), step
+
+
+def prepared(shape: Shape, wrap: Callable[[Any], Any] = lambda tx: tx):
+    """(model, state, jitted step) of SFT with AdamW, and that optimizer wrapped."""
     model = Model(model_config(shape))
     optimizer = AdamW(
         learning_rate=shapes.LEARNING_RATE,
@@ -51,26 +66,24 @@ def build(shape: Shape):
         clip_norm=None,
     )
     phase = Sft(optimizer=optimizer).phase(model, num_tasks=1, steps=1000)
+    phase = phase._replace(tx=wrap(phase.tx))
     mesh = make_mesh(MeshOptions(), devices=jax.devices()[:1])
     like = jax.eval_shape(model.init, jax.random.key(0))
     placed = shardings(mesh, logical_axes(like), like)
     places = state_shardings(phase.tx, like, placed, mesh)
     born = functools.partial(make_state, tx=phase.tx, rng=jax.random.key(0))
     make = jax.jit(born, out_shardings=places, donate_argnums=0)
-    state = [make(jax.tree.map(jnp.array, shapes.weights(shape)))]
-    compiled = make_train_step(phase, mesh=mesh, shardings=places)
+    state = make(jax.tree.map(jnp.array, shapes.weights(shape)))
+    return model, state, make_train_step(phase, mesh=mesh, shardings=places)
 
-    def step(tokens):
-        ones = np.ones_like(tokens)
-        batch = {
-            "tokens": tokens,
-            "loss_weights": ones.astype(np.float32),
-            "positions": np.broadcast_to(np.arange(shape.T, dtype=np.int32), tokens.shape),
-            "segment_ids": ones,
-            "task_ids": np.zeros_like(tokens),
-        }
-        state[0], metrics = jax.block_until_ready(compiled(state[0], batch))
-        return float(metrics["loss"])
 
-    probe = jax.jit(lambda params, tokens: model.logits(params, model.apply(params, tokens)))
-    return lambda tokens: probe(state[0].params, tokens), step
+def batch_of(shape: Shape, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows that are one segment each, every token trained on."""
+    ones = np.ones_like(tokens)
+    return {
+        "tokens": tokens,
+        "loss_weights": ones.astype(np.float32),
+        "positions": np.broadcast_to(np.arange(shape.T, dtype=np.int32), tokens.shape),
+        "segment_ids": ones,
+        "task_ids": np.zeros_like(tokens),
+    }
