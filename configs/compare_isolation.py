@@ -4,7 +4,7 @@
   python scripts/compare.py configs/compare_isolation.py
 
 A model of a million parameters learns four exercises on strings of digits; then each arm teaches it four more, one
-after the other, 100 updates each, or all at once. Every arm has the same tokens, its own learning rate of three, five
+after the other, 60 updates each, or all at once. Every arm has the same tokens, its own learning rate of four, five
 seeds. TIME on two CPU cores; the same command goes on where it was stopped. Results: docs/results.md.
 """
 
@@ -34,8 +34,8 @@ def exercises(generator: str, *, trained: bool) -> Task:
 def get_comparison() -> Comparison:
     """The comparison."""
     sft = Sft(optimizer=AdamW(clip_norm=1.0, warmup=0.05))
-    epi = Epi(sft=sft, fraction=0.1, refresh_every=20, warmup=20, decay=0.95)
-    dpi = Dpi(sft=sft, fraction=0.1, order="given", groups="separate", probe_steps=60)
+    epi = Epi(sft=sft, fraction=0.5, refresh_every=20, warmup=20, decay=0.95)
+    dpi = Dpi(sft=sft, fraction=0.2, order="given", groups="separate", probe_steps=60)
     model = ModelConfig(vocab_size=272, width=128, num_layers=4, num_heads=4, mlp_width=384, max_length=64)
 
     def staged(**options: Any) -> MultiStage:
@@ -70,14 +70,17 @@ def get_comparison() -> Comparison:
             "EPI, by task": staged(per_task=True),
             "EPI, random": staged(select="random"),
             "EPI, bottom": staged(select="bottom"),
+            "EPI, 10 %": staged(fraction=0.1),
+            "EPI, 10 %, random": staged(fraction=0.1, select="random"),
             "DPI": dpi,
             "DPI, random": dataclasses.replace(dpi, cores="random"),
             "CPI-FT": CpiFt(dpi=dpi),
             "half held": MultiStage(method=sft, hold_random=0.5),
-            "EWC": Ewc(sft=sft),
+            "EWC": Ewc(sft=sft, strength=0.1),
+            "EWC, strong": Ewc(sft=sft, strength=1.0),
             "LoRA": MultiStage(method=Sft(optimizer=sft.optimizer, lora=Lora(rank=8, alpha=16.0))),
         },
-        learning_rates=(1e-4, 3e-4, 1e-3),
+        learning_rates=(1e-4, 3e-4, 1e-3, 3e-3),
         scale={"LoRA": 3.0},
         seeds=(0, 1, 2, 3, 4),
         plain="stages",
@@ -85,6 +88,8 @@ def get_comparison() -> Comparison:
             "EPI": "EPI, random",
             "EPI, Adam's nu": "EPI, random",
             "EPI, by task": "EPI, random",
+            "EPI, 10 %": "EPI, 10 %, random",
+            "static": "EPI, random",
             "joint EPI": "joint EPI, random",
             "DPI": "DPI, random",
         },

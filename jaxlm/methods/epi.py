@@ -44,6 +44,7 @@ class Epi:
     exclude: tuple[str, ...] = ()  # paths never held; full matches
     apply: bool = True  # False: choose and report, hold nothing
     moments: Literal["dense", "selected"] = "dense"
+    seed: int | None = None  # of random choices and roundings; None: the run's
 
     @classmethod
     def tiny(cls) -> "Epi":
@@ -53,6 +54,11 @@ class Epi:
     def shrunk(self) -> "Epi":
         """For two updates."""
         return dataclasses.replace(self, refresh_every=1, warmup=1)
+
+    def seeded(self, seed: int) -> "Epi":
+        """With the run's seed where there is anything to draw; elsewhere runs of all seeds share a compiled step."""
+        draws = self.select == "random" or self.importance_dtype == "bfloat16"
+        return dataclasses.replace(self, seed=seed) if draws and self.seed is None else self
 
     def model(self, model: Model) -> Model:
         """The model itself: EPI adds no module."""
@@ -80,6 +86,7 @@ class Epi:
             exclude=self.exclude,
             apply=self.apply,
             moments=self.moments,
+            seed=self.seed or 0,
         )
 
     def phase(self, model: Model, *, num_tasks: int, steps: int) -> Phase:
@@ -97,6 +104,6 @@ class Epi:
 
     def run(self, job: "Job"):
         """Trains on the job's mixture; the parameters need no post-processing."""
-        model = self.model(job.model)
-        phase = self.phase(model, num_tasks=len(job.task_names), steps=job.options.steps)
+        model, seeded = self.model(job.model), self.seeded(job.options.seed)
+        phase = seeded.phase(model, num_tasks=len(job.task_names), steps=job.options.steps)
         return job.train(phase, model=model).params

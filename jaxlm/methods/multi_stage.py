@@ -67,12 +67,13 @@ class MultiStage:
     def run(self, job: "Job"):
         """Trains the stages; returns the parameters after the last, adapters merged."""
         model = self.model(job.model)
-        phase = self.method.phase(model, num_tasks=len(job.task_names), steps=job.options.steps)
+        method = self.method.seeded(job.options.seed) if isinstance(self.method, Epi) else self.method
+        phase = method.phase(model, num_tasks=len(job.task_names), steps=job.options.steps)
         groups = in_order(self.order, list(job.rows))
         stages = plan(groups, job.rows, steps=job.options.steps, mixing=self.mixing, replay=self.replay)
         state, params = None, job.params
         for index, stage in enumerate(stages):
-            tx = self.method.tx(stage.steps, num_tasks=len(job.task_names))
+            tx = method.tx(stage.steps, num_tasks=len(job.task_names))
             tx = self._tx(tx, seed=(1_000_003 * job.options.seed + index) % 2**31)
             state = train_stage(job, phase._replace(tx=tx), stage, state, model=model)
             params = state.params
