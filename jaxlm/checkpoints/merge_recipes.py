@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.weights.merging import on_arc
-from jaxlm.weights.select import Scored, fmix32, num_held, ordered, salt
+from jaxlm.weights.select import Scored, fmix32, num_held, ordered, salts
 from jaxlm.weights.task_vectors import (
     Rescale,
     Weights,
@@ -403,7 +403,7 @@ def _gaps(a: jax.Array, b: jax.Array, norm_a: jax.Array, norm_b: jax.Array) -> j
 
 
 def _salt(name: str, seed: int) -> Any:
-    return salt(Scored(name, (1,), False, None, ordered), seed)[0]
+    return salts([Scored(name, (1,), False, None, ordered)], seed)[0]
 
 
 @jax.jit

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxlm.weights.alike import check_alike
 from jaxlm.weights.merging import like
 from jaxlm.weights.names import named_leaves
-from jaxlm.weights.select import Scope, Scored, largest, match, place_keys, salt
+from jaxlm.weights.select import Scope, Scored, largest, match, place_keys, salts
 
 Weights = float | Sequence[float]
 Rescale = Literal["share", "norm", "none"]
@@ -268,7 +268,8 @@ def check_dare(density: float, seed: int, rescale: str) -> None:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 4))
 def _dropped(path: str, shape: tuple[int, ...], stacked: bool, seed: jax.Array, density: float) -> jax.Array:
     part = Scored(path, shape, stacked, None, lambda _: jnp.zeros(shape, jnp.uint32))
-    return kept(place_keys(part, salt(part, seed)), density)
+    known = {"salt": salts([part], seed), "origin": jnp.uint32(0)}
+    return kept(place_keys(part, known), density)
 
 
 @functools.partial(jax.jit, static_argnames=("axes",))
