@@ -41,6 +41,9 @@ def statistics(
     zeros = [jnp.zeros(part.num_slices, jnp.float32) for part in parts]
     if normalizer == "none":
         return [Statistics(zero, zero + 1) for zero in zeros]
+    high: Any
+    low: Any
+    total: Any
     if normalizer in ("max", "minmax"):
         high, low = zip(*(_extremes(part, s) for part, s in zip(parts, importance, strict=True)), strict=True)
         high = [functools.reduce(jnp.maximum, together) for together in _stacked(high, stacks)]
