@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evolving isolation: what is held, when it changes, and that nothing else does."""
 
+import functools
 import math
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from jaxlm.transforms.evolving import evolving_isolation
 from jaxlm.transforms.frozen import freeze
 from jaxlm.transforms.isolation import held_mask, isolation_metrics, with_fresh_inner
+from jaxlm.weights import select
 from jaxlm.weights.names import named_leaves
 from jaxlm.weights.select import is_stacked, largest
 
@@ -23,9 +25,14 @@ jax.monitoring.register_event_duration_secs_listener(
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compiles():
-    """Most of the time of these tests would go into machine code that runs for milliseconds."""
+    """Most of the time of these tests would go into machine code that runs for milliseconds.
+
+    Also one candidate a pass instead of fifteen: `tests/weights/test_select.py` tests those.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
+    bits, select.BITS = select.BITS, 1
     yield
+    select.BITS = bits
     jax.config.update("jax_disable_most_optimizations", False)
 
 
@@ -43,6 +50,7 @@ def weights():
 
 
 D = 2 * 3 * 16 * 8 + 24 * 8 + 8
+USUAL = {"fraction": 0.2, "warmup": 2, "refresh_every": 2, "decay": 0.5}  # tests that agree share a compilation
 
 
 def gradients(step, params):
@@ -52,6 +60,7 @@ def gradients(step, params):
     return jax.tree.unflatten(treedef, [jnp.asarray(draw(1000 * i + step, s.shape) * s) for i, s in enumerate(sizes)])
 
 
+@functools.cache
 def adamw(**kwargs):
     return optax.adamw(1e-2, weight_decay=0.1, **kwargs)
 
@@ -75,7 +84,14 @@ def flat(tree):
     return np.concatenate([np.asarray(x).reshape(-1) for x in jax.tree.leaves(tree)])
 
 
-def averages(num_updates, decay, params):
+def lifted(step, params):
+    """Gradients whose squares are far from 0, each layer's by as much as its name is long."""
+    return jax.tree.map_with_path(
+        lambda path, g: g + jnp.where(g < 0, -0.2, 0.2) * len(str(path)), gradients(step, params)
+    )
+
+
+def averages(num_updates, decay, params, gradients=gradients):
     s = jax.tree.map(lambda p: np.zeros(p.shape, np.float64), params)
     for step in range(1, num_updates + 1):
         s = jax.tree.map(lambda s, g: decay * s + (1 - decay) * np.square(np.float64(g)), s, gradients(step, params))
@@ -104,13 +120,13 @@ def by_slice(tree, function):
 def test_the_held_set_is_the_top_share_of_the_normalized_average(normalizer):
     """In float64, up to entries within 1e-5 of the cut."""
     tx = evolving_isolation(adamw(), fraction=0.1, warmup=4, refresh_every=3, decay=0.8, normalizer=normalizer)
-    seen = run(tx, 8)
+    seen = run(tx, 8, gradients=lifted)
     for t, last in ((1, 0), (3, 0), (4, 4), (6, 4), (7, 7), (8, 7)):
         held = flat(held_mask(seen[t - 1][1]))
         if last == 0:
             assert held.sum() == 0
             continue
-        r = flat(by_slice(averages(last, 0.8, weights()), NORMALIZE[normalizer]))
+        r = flat(by_slice(averages(last, 0.8, weights(), lifted), NORMALIZE[normalizer]))
         k = int(0.1 * D)
         cut = np.sort(r)[-k]
         assert held.sum() == k
@@ -169,9 +185,9 @@ def test_holding_nothing_reproduces_the_unwrapped_run(kwargs):
 def test_free_entries_and_moments_are_those_of_the_inner_optimizer():
     """Fed the same gradients, not compiled: fusions round in ways of their own."""
     params, inner = weights(), optax.chain(optax.clip_by_global_norm(1.0), adamw())
-    tx = evolving_isolation(inner, fraction=0.3, warmup=1, refresh_every=1)
+    tx = evolving_isolation(inner, fraction=0.3, warmup=1, refresh_every=2)
     state, alone = tx.init(params), inner.init(params)
-    for step in range(3):
+    for step in range(2):
         grads = gradients(step, params)
         updates, state = tx.update(grads, state, params)
         expected, alone = inner.update(grads, alone, params)
@@ -213,7 +229,7 @@ def test_a_static_set_never_recovers():
     assert not np.any(held[-1] & (np.arange(1000) // 50 == 7))
 
 
-@pytest.mark.parametrize("normalizer", ["max", "none", "mean"])
+@pytest.mark.parametrize("normalizer", ["max", "mean"])
 def test_blocks_choose_the_same_set_stacked_or_apart(normalizer):
     params = weights()
     apart = {"embed": params["embed"], "scale": params["scale"]}
@@ -224,7 +240,7 @@ def test_blocks_choose_the_same_set_stacked_or_apart(normalizer):
         new = {"embed": tree["embed"], "scale": tree["scale"]}
         return new | {f"{name}{i}": leaf[i] for name, leaf in tree["blocks"].items() for i in range(3)}
 
-    kwargs = {"fraction": 0.2, "warmup": 2, "refresh_every": 2, "normalizer": normalizer}
+    kwargs = USUAL | {"normalizer": normalizer}
     stacked = held_mask(run(evolving_isolation(adamw(), **kwargs), 4)[-1][1])
     tx = evolving_isolation(adamw(), **kwargs)
     alone = held_mask(run(tx, 4, params=apart, gradients=lambda step, _: split(gradients(step, params)))[-1][1])
@@ -240,13 +256,13 @@ def test_the_scale_of_one_slice_is_no_advantage():
         return grads | {"blocks": grads["blocks"] | {"up": up}}
 
     for normalizer, equal in (("mean", True), ("none", False)):
-        tx = evolving_isolation(adamw(), fraction=0.1, warmup=3, normalizer=normalizer)
-        masks = [flat(held_mask(run(tx, 3, gradients=g)[-1][1])) for g in (gradients, louder)]
+        tx = evolving_isolation(adamw(), **USUAL, normalizer=normalizer)
+        masks = [flat(held_mask(run(tx, 4, gradients=g)[-1][1])) for g in (gradients, louder)]
         assert np.array_equal(*masks) == equal
 
 
 def test_a_block_is_one_layer_across_its_leaves():
-    tx = evolving_isolation(adamw(), fraction=0.2, warmup=2, decay=0.5, layer="block")
+    tx = evolving_isolation(adamw(), **USUAL, layer="block")
     held = flat(held_mask(run(tx, 2)[-1][1]))
     s = averages(2, 0.5, weights())
     means = [np.concatenate([s["blocks"][n][i].reshape(-1) for n in ("down", "up")]).mean() for i in range(3)]
@@ -257,7 +273,7 @@ def test_a_block_is_one_layer_across_its_leaves():
 
 
 def test_a_scaled_stream_of_gradients_changes_no_set():
-    tx = evolving_isolation(adamw(), fraction=0.1, warmup=2, refresh_every=2)
+    tx = evolving_isolation(adamw(), **USUAL)
 
     def scaled(step, params):
         return jax.tree.map(lambda g: g * 2.0**-20, gradients(step, params))
@@ -301,7 +317,7 @@ def test_what_is_not_finite_leaves_importance_alone_and_is_counted():
         grads = gradients(step, params)
         return grads | {"scale": grads["scale"].at[:3].set(jnp.array([jnp.nan, jnp.inf, -jnp.inf]))}
 
-    state = run(evolving_isolation(adamw(), warmup=100), 2, gradients=broken)[-1][1]
+    state = run(evolving_isolation(adamw(), **USUAL), 2, gradients=broken)[-1][1]
     assert np.all(np.asarray(state.importance["scale"])[:3] == 0) and int(state.skipped) == 6
     assert np.all(np.isfinite(flat(state.importance))) and np.all(np.asarray(state.importance["scale"])[4:] > 0)
 
@@ -311,8 +327,8 @@ def test_entries_never_seen_are_never_held():
         return jax.tree.map(lambda g: g.at[..., 2:].set(0.0), gradients(step, params))
 
     for normalizer in ("mean", "zscore"):
-        tx = evolving_isolation(adamw(), fraction=0.5, warmup=1, normalizer=normalizer)
-        state = run(tx, 1, gradients=sparse)[-1][1]
+        tx = evolving_isolation(adamw(), **USUAL | {"fraction": 0.5}, normalizer=normalizer)
+        state = run(tx, 2, gradients=sparse)[-1][1]
         held, known = flat(held_mask(state)), flat(sparse(1, weights())) != 0
         assert np.array_equal(held, known) if normalizer == "mean" else held.any() and not np.any(held & ~known)
 
@@ -339,30 +355,27 @@ def test_each_task_has_an_average_and_the_largest_share_counts():
 
 def test_held_entries_leave_only_below_the_share_of_release():
     kwargs = {"fraction": 0.1, "warmup": 1, "refresh_every": 1, "decay": 0.0}
-    narrow, lazy = (evolving_isolation(adamw(), release_fraction=share, **kwargs) for share in (None, 0.4))
-    a, b = run(narrow, 5), run(lazy, 5)
-    was = np.zeros(D, bool)
-    for t in range(1, 6):
-        r = by_slice(jax.tree.map(np.square, gradients(t, weights())), NORMALIZE["mean"])
-        wide = flat(largest(jax.tree.map(jnp.asarray, r), 0.4))
-        was = flat(held_mask(a[t - 1][1])) | (was & wide)
-        assert np.array_equal(was, flat(held_mask(b[t - 1][1])))
+    seen, was = run(evolving_isolation(adamw(), release_fraction=0.4, **kwargs), 5), np.zeros(D, bool)
+    for t, (_, state) in enumerate(seen, 1):
+        r = flat(by_slice(jax.tree.map(np.square, gradients(t, weights())), NORMALIZE["mean"]))
+        narrow, wide = (r >= np.sort(r)[-int(share * D)] for share in (0.1, 0.4))
+        was = narrow | (was & wide)
+        assert np.array_equal(was, flat(held_mask(state)))
 
 
-@pytest.mark.parametrize("select", ["bottom", "random"])
-def test_controls_hold_as_many(select):
-    tx = evolving_isolation(adamw(), fraction=0.1, warmup=1, refresh_every=1, select=select, seed=3)
-    top = evolving_isolation(adamw(), fraction=0.1, warmup=1, refresh_every=1)
-    seen, best = run(tx, 3), run(top, 3)
+@pytest.mark.parametrize("control", ["bottom", "random"])
+def test_controls_hold_as_many(control):
+    tx = evolving_isolation(adamw(), **USUAL, select=control, seed=3)
+    seen, best = run(tx, 6)[1::2], run(evolving_isolation(adamw(), **USUAL), 6)[1::2]
     masks = [flat(held_mask(state)) for _, state in seen]
-    assert [mask.sum() for mask in masks] == 3 * [int(0.1 * D)]
+    assert [mask.sum() for mask in masks] == 3 * [int(0.2 * D)]
     common = [(a & flat(held_mask(state))).sum() for a, (_, state) in zip(masks, best, strict=True)]
-    assert max(common) == 0 if select == "bottom" else 0 < sum(common) < 3 * 0.2 * 0.1 * D
-    assert select == "bottom" or not np.array_equal(masks[0], masks[1])
+    assert max(common) == 0 if control == "bottom" else 0 < sum(common) < 3 * 0.3 * 0.2 * D
+    assert control == "bottom" or not np.array_equal(masks[0], masks[1])
 
 
 def test_drift_is_counted_exactly():
-    tx = evolving_isolation(adamw(), fraction=0.2, warmup=2, refresh_every=2, decay=0.3)
+    tx = evolving_isolation(adamw(), **USUAL)
     masks, shares = [np.zeros(D, bool)], None
     for step, (_, state) in enumerate(run(tx, 8), 1):
         metrics = {name.removeprefix("isolation/"): float(x) for name, x in isolation_metrics(state).items()}

@@ -169,6 +169,7 @@ def test_counts_beyond_int32_add_up_exactly():
     totals = select.together(select.limbs(jnp.asarray(counts)))
     total = sums.sum(axis=1)
     assert value(totals) == np.repeat(total[:, None], 4, axis=1).tolist()
+    assert value(select.minus(select.host_limbs([2**16]), select.host_limbs([1]))) == [2**16 - 1]
     for k in (0, int(total[0]) - 1, int(total[0]), int(total[0]) + 1):
         most = select.host_limbs([k] * 4)
         assert np.asarray(select.more(totals, most))[0].tolist() == [total[0] > k] * 4
