@@ -43,8 +43,8 @@ def pull(inner: optax.GradientTransformation, *, strength: float) -> optax.Gradi
     >>> tx = pull(optax.sgd(1.0), strength=0.5)
     >>> params = {"w": jnp.array([3.0, 3.0])}
     >>> state = tx.init(params)._replace(weight={"w": jnp.array([1.0, 0.0])}, anchor={"w": jnp.array([1.0, 0.0])})
-    >>> tx.update({"w": jnp.zeros(2)}, state, params)[0]["w"].tolist()
-    [-1.0, 0.0]
+    >>> tx.update({"w": jnp.ones(2)}, state, params)[0]["w"].tolist()
+    [-2.0, -1.0]
 
     Source: Kirkpatrick et al. 2017, arXiv:1612.00796, eq. 3, with a penalty for each earlier task.
     """
