@@ -4,8 +4,9 @@
   python scripts/compare.py configs/compare_isolation.py
 
 A model of a million parameters learns four exercises on strings of digits; then each arm teaches it four more, one
-after the other, 60 updates each, or all at once. Every arm has the same tokens, its own learning rate of four, five
-seeds. TIME on two CPU cores; the same command goes on where it was stopped. Results: docs/results.md.
+after the other, 60 updates each, or all at once. Every arm has the same tokens, its own learning rate of four, three
+seeds of data order. About an hour on two CPU cores; the same command goes on where it was stopped. Results:
+docs/results_isolation.md.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@
   python scripts/train.py configs/quickstart.py
   python scripts/train.py configs/cpi_ft.py
 
-TEXT_cpi_ft
+The probes come on top of the 240 updates that every config of this family has.
 """
 
 from jaxlm.config import Pretrained, RunConfig

@@ -4,7 +4,7 @@
   python scripts/train.py configs/quickstart.py
   python scripts/train.py configs/dpi.py
 
-The plan (groups, overlaps beside chance) is printed before the first stage. TEXT_dpi
+The plan (groups, overlaps beside chance) is printed before the first stage.
 """
 
 from jaxlm.config import Pretrained, RunConfig

@@ -4,7 +4,9 @@
   python scripts/train.py configs/quickstart.py
   python scripts/train.py configs/epi.py
 
-The report shows every task after every stage, and how the held set moves. TEXT_epi
+The report shows every task after every stage, and how the held set moves.
+
+  python scripts/report.py runs/multi_stage runs/epi
 """
 
 from jaxlm.config import Pretrained, RunConfig

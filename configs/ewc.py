@@ -4,7 +4,7 @@
   python scripts/train.py configs/quickstart.py
   python scripts/train.py configs/ewc.py
 
-TEXT_ewc
+The strength is not tuned.
 """
 
 from jaxlm.config import Pretrained, RunConfig

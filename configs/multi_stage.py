@@ -4,7 +4,7 @@
   python scripts/train.py configs/quickstart.py
   python scripts/train.py configs/multi_stage.py
 
-The report shows every task after every stage. TEXT_multi_stage
+The report shows every task after every stage. It is the control of the other configs beside it.
 """
 
 from jaxlm.config import Pretrained, RunConfig

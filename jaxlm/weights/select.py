@@ -68,8 +68,8 @@ def largest(
     """Marks the `k = floor(fraction * D)` largest of all D scores, exactly k of them.
 
     Ties go by a fixed hash of path and place, never by position, so that no layer is preferred and any number of
-    devices and any layout choose the same set. The cut is found two bits a pass: sixteen passes that count how many scores
-    reach each of three candidates, and sixteen more over the ties if some of them must be left out.
+    devices and any layout choose the same set. The cut is found two bits a pass: sixteen passes that count how many
+    scores reach each of three candidates, and sixteen more over the ties if some of them must be left out.
 
     Args:
       scores: tree of floating arrays, ordered as float32; -0.0 equals 0.0 and NaN is below all.

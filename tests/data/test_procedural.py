@@ -8,7 +8,6 @@ import pytest
 from jaxlm.data.config import Procedural
 from jaxlm.data.procedural import GENERATORS, Exercises, score
 
-
 ON_DIGITS = {
     "copy": str,
     "increment": lambda word: word.translate(str.maketrans("0123456789", "1234567890")),
