@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxlm.checkpoints.safetensors_folder import INDEX, SafetensorsFolder
 
-TYPES = {
+TYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
