@@ -65,6 +65,7 @@ def get_comparison() -> Comparison:
             "joint EPI": epi,
             "joint EPI, random": dataclasses.replace(epi, select="random"),
             "stages": MultiStage(method=sft),
+            "stages, 10 % replayed": MultiStage(method=sft, replay=0.1),
             "static": staged(refresh_every=None),
             "EPI": staged(),
             "EPI, Adam's nu": staged(importance_source="adam_nu"),
@@ -88,6 +89,7 @@ def get_comparison() -> Comparison:
             "static": "EPI, random",
             "joint EPI": "joint EPI, random",
             "DPI": "DPI, random",
+            "CPI-FT": "stages, 10 % replayed",
         },
         joint="joint SFT",
     )
