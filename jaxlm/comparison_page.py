@@ -13,7 +13,7 @@ from jaxlm.config import Comparison
 from jaxlm.train.charts import Point, Row, dots, heat_map, scatter
 from jaxlm.train.continual import continual_metrics
 from jaxlm.train.continual_page import isolation_panels
-from jaxlm.train.page import read_runs
+from jaxlm.train.page import legend, read_runs
 from jaxlm.train.page_style import STYLE, TEMPLATE
 from jaxlm.train.pictures import picture
 from jaxlm.train.score_matrix import ScoreMatrix
@@ -107,7 +107,8 @@ def _drift(comparison: Comparison, arms: Sequence[Arm]) -> str:
     runs = {arm.name: run.train for arm, run in zip(arms, read_runs(directories), strict=True)}
     runs = {name: lines for name, lines in runs.items() if any("isolation/held" in line for line in lines.values())}
     panels = isolation_panels(runs)
-    return picture("drift", panels, list(runs)) if panels else ""
+    drawn = picture("drift", panels, list(runs)) if panels else ""
+    return f'<ul class="plain legend">{legend(list(runs))}</ul>{drawn}' if panels else ""
 
 
 def _maps(arms: Sequence[Arm]) -> str:
@@ -116,5 +117,7 @@ def _maps(arms: Sequence[Arm]) -> str:
         first = arm.matrices[0]
         means = np.mean([matrix.means for matrix in arm.matrices], axis=0)
         marked = [(i, at) for i, at in enumerate(first.learned_at) if at is not None]
-        drawn.append(heat_map(f"map{index}", means, first.tasks, first.columns, marked=marked, title=arm.name))
-    return "".join(drawn)
+        drawing = heat_map(f"map{index}", means, first.tasks, first.columns, marked=marked, title=arm.name)
+        wide = 120 + 64 * len(first.columns)  # cells of one size in all maps
+        drawn.append(f'<div style="flex: 0 1 {wide}px">{drawing}</div>')
+    return f'<div style="display: flex; flex-wrap: wrap; gap: 12px 28px">{"".join(drawn)}</div>'

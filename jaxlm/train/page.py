@@ -113,13 +113,16 @@ def render(runs: Sequence[Run], specialists: Sequence[Scores] = ()) -> str:
         _section("Config", "", _configs(runs)),
         _section("Events", "", _events(runs)),
     ]
-    legend = "".join(
+    title, body = html.escape(", ".join(names)), "".join(sections)
+    return TEMPLATE.format(title=title, style=STYLE, legend=legend(names), facts=_facts(runs), body=body)
+
+
+def legend(names: Sequence[str]) -> str:
+    """Items of a list: which colour and dash the pictures give each name, in this order."""
+    return "".join(
         f'<li><svg width="34" height="10"><line x1="0" y1="5" x2="34" y2="5" stroke="var(--run{i % len(COLOURS)})" '
         f'stroke-width="3" stroke-dasharray="{_dash(i)}"/></svg> {html.escape(name)}</li>'
         for i, name in enumerate(names)
-    )
-    return TEMPLATE.format(
-        title=html.escape(", ".join(names)), style=STYLE, legend=legend, facts=_facts(runs), body="".join(sections)
     )
 
 
