@@ -160,7 +160,7 @@ def spoilt(step, name, value):
     """A stream's `vary` that spoils one batch."""
     return lambda now, batch: batch | {name: np.full_like(batch[name], value)} if now == step else batch
 
-    line = next(fields for kind, _, fields in reversed(reporter.lines) if kind == "train")
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_records(tiny, phase, params, unbroken, tmp_path):
     rows = tiny.Rows(vary=spoilt(5, "loss_weights", np.inf))
     with pytest.raises(ValueError, match=r"step 5 is not finite .*loss nan.*file0:500, .* and 24 more") as caught:
