@@ -4,7 +4,8 @@
   python scripts/train.py configs/quickstart.py
   python scripts/train.py configs/epi.py
 
-The report shows every task after every stage, and how the held set moves.
+The report shows every task after every stage, and how the held set moves. About a minute on two CPU cores. Holding 10 %
+does not stop forgetting here: earlier tasks end at 0 % exact match, as they do without, with somewhat lower losses.
 
   python scripts/report.py runs/multi_stage runs/epi
 """
@@ -42,7 +43,7 @@ def get_config() -> RunConfig:
         ),
         method=MultiStage(
             method=Epi(
-                sft=Sft(optimizer=AdamW(learning_rate=3e-4, warmup=0.05)),
+                sft=Sft(optimizer=AdamW(learning_rate=1e-3, warmup=0.05)),
                 fraction=0.1,
                 refresh_every=20,
                 warmup=20,
@@ -50,5 +51,5 @@ def get_config() -> RunConfig:
                 per_task=True,
             )
         ),
-        run=RunOptions(steps=240, batch_size=16, save_every=60, directory="runs/epi"),
+        run=RunOptions(steps=480, batch_size=16, save_every=120, directory="runs/epi"),
     )

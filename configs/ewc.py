@@ -38,6 +38,6 @@ def get_config() -> RunConfig:
             ),
             length=64,
         ),
-        method=Ewc(sft=Sft(optimizer=AdamW(learning_rate=3e-4, warmup=0.05))),
-        run=RunOptions(steps=240, batch_size=16, save_every=60, directory="runs/ewc"),
+        method=Ewc(sft=Sft(optimizer=AdamW(learning_rate=1e-3, warmup=0.05))),
+        run=RunOptions(steps=480, batch_size=16, save_every=120, directory="runs/ewc"),
     )
