@@ -4,8 +4,9 @@
   python scripts/train.py configs/quickstart.py
   python scripts/train.py configs/cpi_ft.py
 
-The probes come on top of the 480 updates that every config of this family has. Under two minutes on one CPU core; the four
-end at 84, 97, 48 and 67 % exact match, mostly because the integration sees all of them again (docs/results_isolation.md).
+The probes come on top of the 480 updates that every config of this family has. Under two minutes on one CPU core; the
+four end at 84, 97, 48 and 67 % exact match, mostly because the integration sees all of them again
+(docs/results_isolation.md).
 """
 
 from jaxlm.config import Pretrained, RunConfig

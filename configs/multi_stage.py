@@ -4,8 +4,8 @@
   python scripts/train.py configs/quickstart.py
   python scripts/train.py configs/multi_stage.py
 
-The report shows every task after every stage. 45 s on two CPU cores: each stage brings its own task to 91 to 100 % exact
-match, and every earlier one ends at 0 %. It is the control of the other configs beside it.
+The report shows every task after every stage. 45 s on two CPU cores: each stage brings its own task to 91 to 100 %
+exact match, and every earlier one ends at 0 %. It is the control of the other configs beside it.
 """
 
 from jaxlm.config import Pretrained, RunConfig
