@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.config import ALONE, Comparison, Pretrained
+from jaxlm.config import ALONE, Comparison, Pretrained, RunConfig, diff, read_config, write_config
 from jaxlm.run import load_model, load_tokenizer, make_job, open_data, run, score_after, total_steps
 from jaxlm.train.continual import continual_metrics
 from jaxlm.train.held_out import Items, score_items
@@ -102,18 +102,19 @@ class _Shared:
     def train(self, arm: str, rate: float, seed: int) -> None:
         """One run, if it is not there yet."""
         directory = run_directory(self.comparison, arm, rate, seed)
-        if (directory / "result.json").is_file():
-            return
         options = self.config.run
-        if not options.save_every:  # runs so short that a killed one begins anew
-            shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True, exist_ok=True)
         method = at_rate(self.comparison.methods()[arm], rate)
         steps = options.steps // len(self.comparison.trained) if arm.startswith(ALONE) else options.steps
         options = dataclasses.replace(
             options, seed=seed, steps=steps, directory=str(directory) if options.save_every else ""
         )
         config = dataclasses.replace(self.config, method=method, run=options)
+        if not _is_new(directory, config):
+            return
+        if not options.save_every:  # runs so short that a killed one begins anew
+            shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_config(directory, config)
         total = total_steps(method, steps, len(self.comparison.trained))
         said = io.StringIO()  # a line for each run is enough
         reporter = RunReporter(directory, total, stream=said)
@@ -148,6 +149,22 @@ class _Shared:
         numbers = continual_metrics(scores.matrix("accuracy"))
         told = ", ".join(f"{name} {numbers[name]:.3f}" for name in ("final", "backward_transfer", "base_drop"))
         print(f"{arm} at {rate:g}, seed {seed}: {told}; {result['seconds']:.0f} s", flush=True)
+
+
+def _is_new(directory: Path, config: RunConfig) -> bool:
+    """Whether a run is still to be finished.
+
+    Raises: ValueError if the directory holds a run of another config: arms of one table share everything else.
+    """
+    if (directory / "config.json").is_file():
+        changed = diff(read_config(directory), config)
+        if changed:
+            name, (before, now) = next(iter(changed.items()))
+            raise ValueError(
+                f"{directory} was trained with {name} {before!r}, the comparison now says {now!r}: set "
+                "run.run.directory to another one, or remove those runs"
+            )
+    return not (directory / "result.json").is_file()
 
 
 def at_rate(method: Any, rate: float) -> Any:

@@ -56,6 +56,9 @@ def test_every_comparison_trains_its_arms_and_reports(name, tmp_path, quick_comp
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / name).rglob("result.json")}
     compare(comparison)
     assert done == {path: path.stat().st_mtime_ns for path in (tmp_path / name).rglob("result.json")}
+    longer = dataclasses.replace(comparison.run.run, steps=2 * comparison.run.run.steps)
+    with pytest.raises(ValueError, match=r"was trained with run\.steps"):
+        compare(dataclasses.replace(comparison, run=dataclasses.replace(comparison.run, run=longer)))
     arms = findings(comparison, resamples=50)
     told = table(comparison, arms)
     assert all(f"| {arm} |" in told for arm in comparison.arms)

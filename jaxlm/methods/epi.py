@@ -97,8 +97,8 @@ class Epi:
             return phase
 
         def whose(batch):
-            weight_T = [jnp.sum(jnp.where(batch["task_ids"] == i, batch["loss_weights"], 0)) for i in range(num_tasks)]
-            return {"task": jnp.argmax(jnp.stack(weight_T))}
+            of_task = [jnp.sum(jnp.where(batch["task_ids"] == i, batch["loss_weights"], 0)) for i in range(num_tasks)]
+            return {"task": jnp.argmax(jnp.stack(of_task))}
 
         return phase._replace(extra=whose)
 
