@@ -21,18 +21,18 @@ from jaxlm.train import AdamW, RunOptions
 
 
 def exercises(generator: str, *, trained: bool = True, **options: int) -> Task:
-    """A task with 2,000 training items and 64 held-out ones; their seeds lie far apart, since item i is seed + i."""
+    """A task with 2,000 training items and 48 held-out ones; their seeds lie far apart, since item i is seed + i."""
     return Task(
         name=generator,
         train=ReasoningGym(generator=generator, size=2_000, seed=0, options=options) if trained else None,
-        test=ReasoningGym(generator=generator, size=64, seed=10**7, options=options),
+        test=ReasoningGym(generator=generator, size=48, seed=10**7, options=options),
     )
 
 
 def get_comparison() -> Comparison:
     """The comparison."""
     sft = Sft(optimizer=AdamW(warmup=0.1))
-    epi = Epi(sft=sft, fraction=0.1, refresh_every=10, warmup=10, decay=0.9, per_task=True)
+    epi = Epi(sft=sft, fraction=0.3, refresh_every=10, warmup=10, decay=0.9, per_task=True)
     dpi = Dpi(sft=sft, fraction=0.1, order="given", groups="separate", probe_steps=20)
     return Comparison(
         run=RunConfig(
@@ -41,36 +41,37 @@ def get_comparison() -> Comparison:
                 tasks=(
                     exercises("chain_sum", trained=False, min_terms=2, max_terms=3, min_digits=1, max_digits=2),
                     exercises("leg_counting", min_animals=2, max_animals=3),
-                    exercises("word_sorting", min_words=3, max_words=5),
+                    exercises("word_sorting", min_words=3, max_words=4),
                 ),
-                length=256,
+                length=144,
                 prompts="chat",
             ),
             method=sft,
             run=RunOptions(
-                steps=120, batch_size=4, log_every=5, save_every=30, directory="runs/compare_isolation_smollm2"
+                steps=80, batch_size=4, log_every=5, save_every=20, directory="runs/compare_isolation_smollm2"
             ),
         ),
         arms={
-            "joint SFT": sft,
             "stages": MultiStage(method=sft),
-            "static": MultiStage(method=dataclasses.replace(epi, refresh_every=None)),
             "EPI": MultiStage(method=epi),
-            "EPI, Adam's nu": MultiStage(
-                method=dataclasses.replace(epi, per_task=False, importance_source="adam_nu", decay=0.95)
-            ),
+            "stages, 10 % replayed": MultiStage(method=sft, replay=0.1),
             "EPI, random": MultiStage(method=dataclasses.replace(epi, select="random")),
+            "EWC": Ewc(sft=sft),
             "DPI": dpi,
             "DPI, random": dataclasses.replace(dpi, cores="random"),
             "CPI-FT": CpiFt(dpi=dpi),
-            "half held": MultiStage(method=sft, hold_random=0.5),
-            "EWC": Ewc(sft=sft),
             "LoRA": MultiStage(method=Sft(optimizer=sft.optimizer, lora=Lora(rank=16, alpha=32.0))),
+            "static": MultiStage(method=dataclasses.replace(epi, refresh_every=None)),
+            "EPI, Adam's nu": MultiStage(
+                method=dataclasses.replace(epi, per_task=False, importance_source="adam_nu", decay=0.95)
+            ),
+            "half held": MultiStage(method=sft, hold_random=0.5),
+            "joint SFT": sft,
         },
         learning_rates=(2e-5, 5e-5, 1e-4),
         scale={"LoRA": 5.0},
         seeds=(0, 1, 2),
         plain="stages",
-        controls={"EPI": "EPI, random", "EPI, Adam's nu": "EPI, random", "static": "EPI, random", "DPI": "DPI, random"},
+        controls={"EPI": "EPI, random", "EPI, Adam's nu": "EPI, random", "static": "EPI, random", "DPI": "DPI, random", "CPI-FT": "stages, 10 % replayed"},
         joint="joint SFT",
     )
