@@ -72,6 +72,12 @@ def get_comparison() -> Comparison:
         scale={"LoRA": 5.0},
         seeds=(0, 1, 2),
         plain="stages",
-        controls={"EPI": "EPI, random", "EPI, Adam's nu": "EPI, random", "static": "EPI, random", "DPI": "DPI, random", "CPI-FT": "stages, 10 % replayed"},
+        controls={
+            "EPI": "EPI, random",
+            "EPI, Adam's nu": "EPI, random",
+            "static": "EPI, random",
+            "DPI": "DPI, random",
+            "CPI-FT": "stages, 10 % replayed",
+        },
         joint="joint SFT",
     )

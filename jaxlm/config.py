@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from jaxlm.data.config import DataConfig
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.position_kinds import Positions
 from jaxlm.overrides import field_types, override
 from jaxlm.train.options import MeshOptions, RunOptions
 
@@ -43,8 +44,9 @@ class Pretrained:
     path: str  # a Hugging Face folder or a .gguf file
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
     remat: Literal["none", "full", "dots"] = "none"
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "xla", "cudnn", "tiled", "pallas"] = "auto"
     max_length: int | None = None  # tokens; None: what the checkpoint says
+    positions: Positions | None = None  # None: the checkpoint's; another kind makes another function, to be trained on
 
     def overrides(self) -> dict[str, Any]:
         """The ModelConfig fields that this sets: keyword arguments of `jaxlm.checkpoints.load`."""

@@ -37,8 +37,8 @@ def override(config: Any, overrides: collections.abc.Iterable[str]) -> Any:
     >>> model = ModelConfig(vocab_size=32, width=16, num_layers=2, num_heads=2)
     >>> override(model, ["width=32", "windows=128,none"]).windows
     (128, None)
-    >>> override(model, ["rope_scaling=LinearScaling", "rope_scaling.factor=2"]).rope_scaling
-    LinearScaling(factor=2.0)
+    >>> override(model, ["positions=Alibi"]).positions, override(model, ["positions.base=500"]).positions.base
+    (Alibi(), 500.0)
     >>> override(model, ["widht=32"])
     Traceback (most recent call last):
     ValueError: ModelConfig has no field 'widht'; did you mean 'width'?

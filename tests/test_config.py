@@ -21,7 +21,7 @@ from jaxlm.config import (
 )
 from jaxlm.data import DataConfig, JsonLines, Procedural, Rows, Task
 from jaxlm.methods import Sft
-from jaxlm.nn import Llama3Scaling, Lora, ModelConfig
+from jaxlm.nn import Llama3Scaling, Lora, ModelConfig, Rope
 from jaxlm.overrides import override
 from jaxlm.train import AdamW, MeshOptions, RunOptions
 
@@ -30,7 +30,7 @@ def make_config(**changes):
     scaling = Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=8192)
     fields = {
         "model": ModelConfig(
-            vocab_size=320, width=16, num_layers=2, num_heads=2, windows=(4, None), rope_scaling=scaling
+            vocab_size=320, width=16, num_layers=2, num_heads=2, windows=(4, None), positions=Rope(scaling=scaling)
         ),
         "tokenizer": "bytes",
         "data": DataConfig(

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxlm.checkpoints.families import find_family
-from jaxlm.nn.config import LinearScaling, Llama3Scaling, ModelConfig
+from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.position_kinds import Learned, LinearScaling, Llama3Scaling, Rope
 
 _ROPE = {"rope_parameters": None, "rope_scaling": None, "rope_theta": 10_000.0}
 _LLAMA = _ROPE | {
@@ -165,7 +166,7 @@ def _read_rope(c: _Keys) -> dict[str, Any]:
         raise ValueError(f"config.json: {rest!r} beside rope_type {kind!r} is not supported")
     if not isinstance(base, int | float) or base <= 0:
         raise ValueError(f"config.json: rope_theta must be a positive number, got {base!r}")
-    return {"rope_base": float(base), "rope_scaling": scaling}
+    return {"positions": Rope(base=float(base), scaling=scaling)}
 
 
 def _read_rms_decoder(c: _Keys, activation: str = "hidden_act") -> dict[str, Any]:
@@ -267,7 +268,7 @@ def _read_gpt2(c: _Keys) -> dict[str, Any]:
         "num_heads": c.size("n_head"),
         "mlp_width": c.size_or_none("n_inner"),
         "max_length": c.size("n_positions"),
-        "positions": "learned",
+        "positions": Learned(),
         "norm": "layer",
         "norm_epsilon": c("layer_norm_epsilon"),
         "activation": c.activation("activation_function"),

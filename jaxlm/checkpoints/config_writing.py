@@ -8,15 +8,19 @@ from typing import Any
 
 from jaxlm.checkpoints.config_reading import read_config
 from jaxlm.checkpoints.families import FAMILIES, find_family
-from jaxlm.nn.config import LinearScaling, Llama3Scaling, ModelConfig
+from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.position_kinds import LinearScaling, Llama3Scaling, Rope
 
 _WRITE_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 _RUNTIME = ("dtype", "remat", "attention", "adapter_scale")  # fields that say how to compute, not what
 
 
 def _write_rope(config: ModelConfig) -> dict[str, Any]:
-    scaling = config.rope_scaling
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
+    kind = config.positions
+    if not isinstance(kind, Rope):
+        return {"rope_type": "default", "rope_theta": 10_000.0}  # not what the model has: the family is refused
+    scaling = kind.scaling
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": kind.base}
     if isinstance(scaling, LinearScaling):
         rope |= {"rope_type": "linear", "factor": scaling.factor}
     if isinstance(scaling, Llama3Scaling):
@@ -125,10 +129,9 @@ def _meaning(config: ModelConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     for name in _RUNTIME:
         del fields[name]
-    if config.positions != "rope":
-        del fields["rope_base"], fields["rope_scaling"]
     scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
     return fields | {
+        "positions": config.positions,
         "num_kv_heads": config.kv_heads,
         "head_width": config.head_size,
         "mlp_width": config.mlp_size,

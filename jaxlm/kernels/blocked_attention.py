@@ -32,9 +32,14 @@ def blocked_attention(
     softcap: float | None = None,
     segment_ids: jax.Array | None = None,
     window: int | jax.Array | None = None,
+    slopes: jax.Array | None = None,
+    clock: jax.Array | None = None,
+    sink: jax.Array | None = None,
     block: int | None = None,
 ) -> jax.Array:
-    """softmax(cap(scale * q k)) v over keys j <= i, i - j < window, of the segment of i.  Scores in float32.
+    """softmax(cap(scale * q k) - slope (clock_i - clock_j)) v over keys j <= i, i - j < window, of the segment of i.
+
+    Scores are in float32.
 
     The backward pass recomputes the scores from the saved log-sum-exp (Dao et al. 2022, arXiv:2205.14135, algorithm 4)
     and holds those of one block at a time.  Keys and values are laid out [H, L], so that no contraction of the backward
@@ -48,6 +53,9 @@ def blocked_attention(
       softcap: scores become softcap * tanh(scores / softcap); None leaves them.
       segment_ids: [B, L] int32; None: one segment.
       window: tokens seen, itself included: an int (blocks outside are skipped), a traced int32 scalar, or None for all.
+      slopes: float32 [N] >= 0, of a bias that falls with distance; None: no bias.
+      clock: [B or 1, L] int32, what distances are measured in; None: indices.
+      sink: float32 [N], a score of each head that takes its share of the weight and gives nothing; None: none.
       block: queries a block; None: 64, or more where that would make over 8 blocks.
     Returns: [B, L, N, H] in the dtype of the query.
     """
@@ -58,47 +66,63 @@ def blocked_attention(
     options = _Options(scale, softcap, fixed, block)
     query = query_BLNH.reshape(B, L, K, N // K, H).transpose(0, 2, 3, 1, 4)
     key, value = key_BLKH.transpose(0, 2, 3, 1), value_BLKH.transpose(0, 2, 3, 1)
-    out = _attend(query, key, value, segment_ids, traced, options)
+    bias = None
+    if slopes is not None:
+        clock = jnp.arange(L, dtype=jnp.int32)[None] if clock is None else clock
+        bias = (slopes.astype(jnp.float32).reshape(K, N // K), clock)
+    sink = None if sink is None else sink.astype(jnp.float32).reshape(K, N // K)
+    out = _attend(query, key, value, bias, sink, segment_ids, traced, options)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(query_BKGLH, key_BKHL, value_BKHL, segment_ids, window, options):
-    return _forward(query_BKGLH, key_BKHL, value_BKHL, segment_ids, window, options)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _attend(query_BKGLH, key_BKHL, value_BKHL, bias, sink_KG, segment_ids, window, options):
+    return _forward(query_BKGLH, key_BKHL, value_BKHL, bias, sink_KG, segment_ids, window, options)[0]
 
 
-def _forward(query, key, value, segment_ids, window, options):
+def _forward(query, key, value, bias, sink, segment_ids, window, options):
     query, key, value = (checkpoint_name(x, SAVED) for x in (query, key, value))
     outs, log_sums = [], []
     for rows, keys in _blocks(query.shape[3], options):
-        scores, _ = _scores(query, key, segment_ids, window, rows, keys, options)
+        scores, _ = _scores(query, key, bias, segment_ids, window, rows, keys, options)
         top = jnp.max(scores, axis=-1, keepdims=True)
+        if sink is not None:
+            top = jnp.maximum(top, _by_row(sink, scores))
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
+        if sink is not None:
+            total = total + jnp.exp(_by_row(sink, scores) - top)
         outs.append((_contract("BKQM,BKHM->BKQH", weights, value[..., keys]) / total).astype(query.dtype))
         log_sums.append(top + jnp.log(total))
     out = jnp.concatenate([_unfold(x, query) for x in outs], axis=3)
     log_sum = jnp.concatenate([_unfold(x, query) for x in log_sums], axis=3)
     out, log_sum = checkpoint_name(out, SAVED), checkpoint_name(log_sum, SAVED)
-    return out, (query, key, value, segment_ids, window, out, log_sum)
+    return out, (query, key, value, bias, sink, segment_ids, window, out, log_sum)
 
 
 def _backward(options, saved, d_out):
-    query, key, value, segment_ids, window, out, log_sum = saved
+    query, key, value, bias, sink, segment_ids, window, out, log_sum = saved
     inner = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
     d_query = []
     d_key, d_value = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
+    d_slopes = None if bias is None else jnp.zeros(bias[0].shape, jnp.float32)
     for rows, keys in _blocks(query.shape[3], options):
-        scores, slope = _scores(query, key, segment_ids, window, rows, keys, options)
+        scores, slope = _scores(query, key, bias, segment_ids, window, rows, keys, options)
         q, d, log_sum_q, inner_q = (_fold(x[..., rows, :]) for x in (query, d_out, log_sum, inner))
         weights = jnp.exp(scores - log_sum_q)
-        d_scores = weights * (_contract("BKQH,BKHM->BKQM", d, value[..., keys]) - inner_q) * options.scale
-        if slope is not None:
-            d_scores = d_scores * slope
+        d_scores = weights * (_contract("BKQH,BKHM->BKQM", d, value[..., keys]) - inner_q)
+        if bias is not None:
+            d_slopes = d_slopes - jnp.sum(_by_head(d_scores, query) * _distance(bias[1], rows, keys), axis=(0, 3, 4))
+        d_scores = d_scores * (options.scale if slope is None else options.scale * slope)
         d_query.append(_unfold(_contract("BKQM,BKHM->BKQH", d_scores, key[..., keys]).astype(query.dtype), query))
         d_key = d_key.at[..., keys].add(_contract("BKQH,BKQM->BKHM", q, d_scores))
         d_value = d_value.at[..., keys].add(_contract("BKQH,BKQM->BKHM", d, weights))
-    return jnp.concatenate(d_query, axis=3), d_key.astype(key.dtype), d_value.astype(value.dtype), None, None
+    d_bias = None if bias is None else (d_slopes, None)
+    d_sink = None
+    if sink is not None:
+        d_sink = -jnp.sum(jnp.exp(sink[:, :, None, None] - log_sum) * inner, axis=(0, 3, 4))
+    d_query = jnp.concatenate(d_query, axis=3)
+    return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), d_bias, d_sink, None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -112,7 +136,7 @@ def _blocks(length, options):
         yield slice(start, stop), slice(first, stop)
 
 
-def _scores(query, key, segment_ids, window, rows, keys, options):
+def _scores(query, key, bias, segment_ids, window, rows, keys, options):
     """Masked scores [B, K, G * Q, M] float32 of one block, and the cap's slope where there is a cap."""
     G = query.shape[2]
     scores = _contract("BKQH,BKHM->BKQM", _fold(query[..., rows, :]), key[..., keys]) * options.scale
@@ -120,6 +144,10 @@ def _scores(query, key, segment_ids, window, rows, keys, options):
     if options.softcap is not None:
         capped = jnp.tanh(scores / options.softcap)
         scores, slope = options.softcap * capped, 1.0 - jnp.square(capped)
+    if bias is not None:
+        slopes_KG, clock = bias
+        fall = slopes_KG[None, :, :, None, None] * _distance(clock, rows, keys)
+        scores = (_by_head(scores, query) - fall).reshape(scores.shape)
     distance = jnp.arange(rows.start, rows.stop)[:, None] - jnp.arange(keys.start, keys.stop)[None, :]
     seen = distance >= 0
     window = options.window if window is None else window
@@ -129,6 +157,23 @@ def _scores(query, key, segment_ids, window, rows, keys, options):
     if segment_ids is not None:
         seen = seen & (segment_ids[:, rows, None] == segment_ids[:, None, keys])
     return jnp.where(jnp.tile(seen, (1, G, 1))[:, None], scores, MASKED), slope
+
+
+def _distance(clock, rows, keys):
+    """[B or 1, 1, 1, Q, M] float32; the difference is taken of integers, so that it is exact."""
+    return (clock[:, None, None, rows, None] - clock[:, None, None, None, keys]).astype(jnp.float32)
+
+
+def _by_head(x_BKQM, query_BKGLH):
+    """[B, K, G * Q, M] as [B, K, G, Q, M]."""
+    B, K, rows, M = x_BKQM.shape
+    G = query_BKGLH.shape[2]
+    return x_BKQM.reshape(B, K, G, rows // G, M)
+
+
+def _by_row(x_KG, scores_BKQM):
+    """A number a head as [K, G * Q, 1]."""
+    return jnp.repeat(x_KG, scores_BKQM.shape[2] // x_KG.shape[1], axis=1)[:, :, None]
 
 
 def _contract(spec, left, right):

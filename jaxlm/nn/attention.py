@@ -11,10 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.kernels.blocked_attention import blocked_attention
+from jaxlm.kernels.decay import centred, centred_refusal
+from jaxlm.kernels.tiled_attention import tiled_attention
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.dense import dense
+from jaxlm.nn.hope import check_rates, to_lightcone
 from jaxlm.nn.norm import rms_norm
-from jaxlm.nn.positions import Table, rotate
+from jaxlm.nn.position_kinds import Hope
+from jaxlm.nn.positions import NOWHERE, Encoding, falloff, rotate
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "tiled", "pallas")
 
 
 def attend(
@@ -26,9 +32,14 @@ def attend(
     window: int | jax.Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    rates: jax.Array | None = None,
+    max_rate: float | None = None,
+    slopes: jax.Array | None = None,
+    sink: jax.Array | None = None,
+    clock: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """softmax(cap(scale * q k)) v over the past of the same segment.
+    """softmax(cap(scale * s_ij) - slope * D_ij) v, with s_ij = sum_c exp(-rate_c D_ij) q_ic k_jc, D_ij = clock_i - clock_j.
 
     Token i sees token j when j <= i, i - j < window, and both are of one segment.  Padding (segment 0) is a segment as
     any other here: no real token sees it, and its own rows are finite.
@@ -41,37 +52,71 @@ def attend(
       window: number of tokens seen, itself included; an int, a traced int32 scalar, or None for all of the past.
       scale: of the scores; None: H ** -0.5.
       softcap: scores become softcap * tanh(scores / softcap); None leaves them.
-      implementation: "xla" (any device; float32 scores in blocks), "cudnn" (NVIDIA, bf16 or fp16, no softcap), "auto":
-        cudnn where it can, else xla.
+      rates: float32 [H], [K, H] or [N, H], 1/token, >= 0: how fast each channel's product decays; None: not at all.
+      max_rate: a Python number that no rate exceeds; None: read from rates whose values are known, else unknown.
+      slopes: float32 [N], 1/token, >= 0: a bias that falls with distance; None: none.
+      sink: float32 [N], a score of each head that takes weight and gives nothing; None: none.
+      clock: [B or 1, L] int32, what distances are measured in, never decreasing; None: indices.
+      implementation: "xla" (any device; scores in blocks of rows), "cudnn" (NVIDIA, bf16 or fp16, neither softcap nor
+        slopes nor sink), "tiled" (any device; memory linear in L, rates of any size), "pallas" (TPU, the same in one
+        kernel). "xla" and "cudnn" fold rates into queries and keys, which needs max_rate * (L - 1) <= 80. "auto": the
+        first that can of cudnn and xla, else pallas on a TPU, else tiled.
     Returns: [B, L, N, H] in the dtype of the query.
-    Raises: ValueError if a forced implementation cannot do it, naming the reason.
+    Raises: ValueError if a forced implementation cannot do it, naming the reason, and for rates that cannot be.
     """
-    scale = query_BLNH.shape[-1] ** -0.5 if scale is None else scale
+    _, L, N, H = query_BLNH.shape
+    scale = H**-0.5 if scale is None else scale
     masked = segment_ids is not None or not (window is None or isinstance(window, int))
-    reason = cudnn_refusal(query_BLNH, softcap=softcap, masked=masked)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+    reason = cudnn_refusal(query_BLNH, softcap=softcap, masked=masked, biased=slopes is not None or sink is not None)
     if implementation == "cudnn" and reason:
         raise ValueError(f"attention 'cudnn' cannot do this: {reason}; use attention='auto' or 'xla'")
-    if implementation not in ("auto", "xla", "cudnn"):
-        raise ValueError(f"attention must be 'auto', 'xla' or 'cudnn', got {implementation!r}")
+    if rates is not None:
+        check_rates(rates, num_heads=N, num_kv_heads=key_BMKH.shape[2], width=H)
+        if max_rate is None and not isinstance(rates, jax.core.Tracer):
+            max_rate = float(jnp.max(rates))
+        rates = rates[None] if rates.ndim == 1 else rates
+        if rates.shape[0] not in (1, key_BMKH.shape[2]):
+            key_BMKH, value_BMKH = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (key_BMKH, value_BMKH))
+    common: dict[str, Any] = {"scale": scale, "softcap": softcap, "segment_ids": segment_ids, "window": window}
+    common |= {"slopes": slopes, "sink": sink, "clock": clock}
+    refusal = None if rates is None else centred_refusal(max_rate, L - 1, query_BLNH.dtype)
+    if implementation in ("xla", "cudnn") and refusal:
+        raise ValueError(f"attention {implementation!r} cannot fold these rates: {refusal}; use 'auto' or 'tiled'")
+    if implementation == "auto" and refusal:
+        implementation = "pallas" if jax.default_backend() == "tpu" else "tiled"
+    if implementation == "tiled":
+        return tiled_attention(query_BLNH, key_BMKH, value_BMKH, rates=rates, **common)
+    if implementation == "pallas":
+        from jaxlm.kernels.pallas_attention import pallas_attention  # late: pallas is slow to import
+
+        return pallas_attention(query_BLNH, key_BMKH, value_BMKH, rates=rates, **common)
+    if rates is not None:
+        count = jnp.arange(L, dtype=jnp.int32)[None] if clock is None else clock
+        query_BLNH, key_BMKH = centred(query_BLNH, key_BMKH, rates, count)
     if implementation == "xla" or reason:
-        return blocked_attention(
-            query_BLNH, key_BMKH, value_BMKH, scale=scale, softcap=softcap, segment_ids=segment_ids, window=window
-        )
+        return blocked_attention(query_BLNH, key_BMKH, value_BMKH, **common)
     return _attend_cudnn(query_BLNH, key_BMKH, value_BMKH, segment_ids, window, scale)
 
 
-def cudnn_refusal(query_BLNH: jax.Array, *, softcap: float | None = None, masked: bool = False) -> str | None:
+def cudnn_refusal(
+    query_BLNH: jax.Array, *, softcap: float | None = None, masked: bool = False, biased: bool = False
+) -> str | None:
     """Why cuDNN's attention cannot take this query on the default backend, or None if it can.
 
     Args:
       query_BLNH: [B, L, N, H].
       softcap: of the scores.
       masked: whether segments, or a traced window, need a mask.
+      biased: whether there are slopes or a sink.
     """
     if (backend := jax.default_backend()) != "gpu":
         return f"it needs an NVIDIA GPU and the backend is {backend!r}"
     if softcap is not None:
         return f"it has no soft-cap and the model caps scores at {softcap}"
+    if biased:
+        return "it has neither slopes nor a sink"
     if query_BLNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 or float16 and the query is {query_BLNH.dtype}"
     _, length, _, head_width = query_BLNH.shape
@@ -119,17 +164,18 @@ def attention(
     x_BLD: jax.Array,
     config: ModelConfig,
     *,
-    rotary: Table | None = None,
+    encoding: Encoding = NOWHERE,
     segment_ids: jax.Array | None = None,
     window: int | jax.Array | None = None,
 ) -> jax.Array:
     """The attention branch of one layer: project, normalise and rotate queries and keys, attend, project back.
 
     Args:
-      p: `query`, `key`, `value`, `out` and, where configured, `query_norm`, `key_norm`; one layer, not stacked.
+      p: `query`, `key`, `value`, `out` and, where configured, `query_norm`, `key_norm`, `positions`, `sink`; one layer,
+        not stacked.
       x_BLD: [B, L, D].
-      config: reads the heads, `query_key_norm`, `attention*`, `norm_epsilon`, `norm_offset` and `adapter_scale`.
-      rotary: of `rotary_table`, or None where positions are not rotary.
+      config: reads the heads, `positions`, `query_key_norm`, `attention*`, `norm_*` and `adapter_scale`.
+      encoding: of `positions.encoding`, for this config.
       segment_ids: [B, L] int32, or None for one segment.
       window: see `attend`.
     Returns: [B, L, D] in the dtype of `x_BLD`.
@@ -148,9 +194,13 @@ def attention(
         x = x.reshape(B, L, count, config.head_size)
         if config.query_key_norm == "head" and name != "value":
             x = norm(f"{name}_norm", x)
-        if rotary is not None and name != "value":
-            x = rotate(x, rotary)
+        if name != "value":
+            if isinstance(config.positions, Hope) and config.positions.basis == "boost":
+                x = to_lightcone(x)
+            if encoding.rotation is not None:
+                x = rotate(x, encoding.rotation)
         projected[name] = x
+    fall = falloff(p, config)
     mixed_BLNH = attend(
         projected["query"],
         projected["key"],
@@ -159,6 +209,11 @@ def attention(
         window=window,
         scale=config.attention_scale,
         softcap=config.attention_softcap,
+        rates=fall.rates,
+        max_rate=fall.max_rate,
+        slopes=fall.slopes,
+        sink=p["sink"] if config.attention_sink else None,
+        clock=encoding.clock,
         implementation=config.attention,
     )
     return dense(p["out"], mixed_BLNH.reshape(B, L, config.num_heads * config.head_size), config.adapter_scale)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+AXES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r"embed/table", ("vocab", "embed")),
     (r"positions/table", (None, "embed")),
     (r"final_norm/(scale|bias)", (None,)),
@@ -27,6 +27,8 @@ AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks/attention/query/bias", ("layers", "heads")),
     (r"blocks/attention/(key|value)/bias", ("layers", "kv_heads")),
     (r"blocks/attention/(query_norm|key_norm)/scale", ("layers", None)),
+    (r"blocks/attention/(sink|positions/slope)", ("layers", None)),
+    (r"blocks/attention/positions/gap", ("layers", ...)),
     (r"blocks/mlp/(gate|up)/kernel", ("layers", "embed", "mlp")),
     (r"blocks/mlp/down/kernel", ("layers", "mlp", "embed")),
     (r"blocks/mlp/(gate|up)/lora_a", ("layers", "embed", "rank")),
@@ -51,6 +53,8 @@ def logical_axes(params: Any) -> Any:
         path = jax.tree_util.keystr(key_path, simple=True, separator="/")
         for pattern, names in AXES:
             if re.fullmatch(pattern, path):
+                if names[-1] is ...:  # a number a layer, or one for each of its heads
+                    return (*names[:-1], *(None,) * (len(leaf.shape) - len(names) + 1))
                 if len(names) != len(leaf.shape):
                     raise ValueError(f"parameter {path!r} has shape {leaf.shape}, its axes are {names}")
                 return names

@@ -7,22 +7,7 @@ One decoder serves every family (Llama, Mistral, Qwen, OLMo 2, Gemma 2, GPT-2); 
 import dataclasses
 from typing import Literal
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearScaling:
-    """Positions divided by `factor` before rotation (Chen et al. 2023, arXiv:2306.15595)."""
-
-    factor: float  # > 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
-    """Llama 3.1's scaling: long wavelengths slowed by `factor`, short ones kept, a ramp between."""
-
-    factor: float  # > 0
-    low_frequency_factor: float
-    high_frequency_factor: float  # > low_frequency_factor
-    original_length: int  # tokens
+from jaxlm.nn.position_kinds import Hope, Positions, Rope, Xpos
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,9 +23,7 @@ class ModelConfig:
     mlp_width: int | None = None  # F; None: 4 * width
     max_length: int = 2048  # tokens the model was made for; the size of the table of learned positions
 
-    positions: Literal["rope", "learned", "none"] = "rope"
-    rope_base: float = 10_000.0
-    rope_scaling: LinearScaling | Llama3Scaling | None = None
+    positions: Positions = Rope()
 
     norm: Literal["rms", "layer"] = "rms"
     norm_epsilon: float = 1e-6
@@ -57,6 +40,7 @@ class ModelConfig:
     windows: tuple[int | None, ...] = (None,)  # sliding windows, repeated over the layers; None: all of the past
     attention_scale: float | None = None  # on query @ key; None: head_width ** -0.5
     attention_softcap: float | None = None  # cap * tanh(scores / cap)
+    attention_sink: bool = False  # a learned score for each head that takes weight and gives nothing
     logit_softcap: float | None = None
     embedding_scale: float = 1.0  # Gemma: sqrt(width), rounded to the compute dtype
     tied: bool = True  # the head is the embedding's transpose
@@ -65,7 +49,7 @@ class ModelConfig:
     remat: Literal["none", "full", "dots"] = (
         "none"  # what the backward pass recomputes: nothing dear (no product), a whole layer, all but dense products
     )
-    attention: Literal["auto", "xla", "cudnn"] = "auto"  # implementation
+    attention: Literal["auto", "xla", "cudnn", "tiled", "pallas"] = "auto"  # implementation, see `attend`
     adapter_scale: float = 1.0  # of LoRA leaves, alpha / rank
 
     def __post_init__(self):
@@ -73,6 +57,11 @@ class ModelConfig:
             raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.kv_heads}")
         if self.head_width is None and self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}: give head_width")
+        if self.head_size % 2 and isinstance(self.positions, Rope | Xpos | Hope):
+            raise ValueError(
+                f"head width must be even for {type(self.positions).__name__}, whose channels go in pairs, "
+                f"got {self.head_size}: set head_width"
+            )
 
     @property
     def kv_heads(self) -> int:

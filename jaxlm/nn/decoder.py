@@ -19,7 +19,8 @@ from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.dense import PRODUCT
 from jaxlm.nn.mlp import mlp
 from jaxlm.nn.norm import NORMS
-from jaxlm.nn.positions import Table, rotary
+from jaxlm.nn.position_kinds import Learned
+from jaxlm.nn.positions import NOWHERE, Encoding, encoding
 from jaxlm.nn.shapes import decoder_leaves, initialise
 
 Params = Mapping[str, Any]
@@ -75,17 +76,19 @@ class Model:
         Raises: ValueError if a row is longer than the table of learned positions.
         """
         config = self.config
+        places = encoding(config, tokens.shape[1], positions, segment_ids)
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-            if config.positions == "learned" and tokens.shape[1] > config.max_length:
+            if isinstance(config.positions, Learned) and tokens.shape[1] > config.max_length:
                 raise ValueError(
                     f"{tokens.shape[1]} tokens exceed the {config.max_length} learned positions: cut the rows"
                 )
         x = _embed(params, tokens, positions, config)
-        table = rotary(config, tokens.shape[1], positions)
 
         def layer(x, p, window):
-            return self.constrain(block(p, x, config, rotary=table, segment_ids=segment_ids, window=window), RESIDUAL)
+            return self.constrain(
+                block(p, x, config, encoding=places, segment_ids=segment_ids, window=window), RESIDUAL
+            )
 
         x = _scan_layers(layer, self.constrain(x, RESIDUAL), params["blocks"], config, tokens.shape[1])
         return _norm(params["final_norm"], x, config)
@@ -123,14 +126,14 @@ def block(
     x_BTD: jax.Array,
     config: ModelConfig,
     *,
-    rotary: Table | None = None,
+    encoding: Encoding = NOWHERE,
     segment_ids: jax.Array | None = None,
     window: int | jax.Array | None = None,
 ) -> jax.Array:
     """One layer: x + [post_norm](attention([norm](x))), then the same with the feed-forward branch."""
     branches = {
         "attention": lambda x: attention(
-            p["attention"], x, config, rotary=rotary, segment_ids=segment_ids, window=window
+            p["attention"], x, config, encoding=encoding, segment_ids=segment_ids, window=window
         ),
         "mlp": lambda x: mlp(p["mlp"], x, config),
     }
@@ -147,7 +150,7 @@ def _embed(params: Params, tokens: jax.Array, positions: jax.Array, config: Mode
     x = jnp.take(params["embed"]["table"], tokens, axis=0).astype(dtype)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, dtype)
-    if config.positions == "learned":
+    if isinstance(config.positions, Learned):
         x = x + jnp.take(params["positions"]["table"], positions, axis=0).astype(dtype)
     return x
 

@@ -12,7 +12,7 @@ from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.decoder import Model
 from jaxlm.nn.mlp import mlp
 from jaxlm.nn.norm import rms_norm
-from jaxlm.nn.positions import rotary
+from jaxlm.nn.positions import encoding
 from jaxlm.nn.shapes import Leaf, attention_leaves, decoder_leaves, initialise, mlp_leaves
 
 
@@ -57,9 +57,9 @@ class LinenAttention(nn.Module):
         self, x: jax.Array, *, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
     ) -> jax.Array:
         p = declare(self, attention_leaves(self.config))
-        table = rotary(self.config, x.shape[1], positions)
+        places = encoding(self.config, x.shape[1], positions, segment_ids)
         window = self.config.windows[0]
-        return attention(p, x, self.config, rotary=table, segment_ids=segment_ids, window=window)
+        return attention(p, x, self.config, encoding=places, segment_ids=segment_ids, window=window)
 
 
 class LinenDecoder(nn.Module):

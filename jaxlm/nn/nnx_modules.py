@@ -17,7 +17,7 @@ from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.decoder import Model
 from jaxlm.nn.mlp import mlp
 from jaxlm.nn.norm import rms_norm
-from jaxlm.nn.positions import rotary
+from jaxlm.nn.positions import encoding
 from jaxlm.nn.shapes import attention_leaves, decoder_leaves, initialise, mlp_leaves
 
 
@@ -74,9 +74,9 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, *, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
     ) -> jax.Array:
-        table = rotary(self.config, x.shape[1], positions)
+        places = encoding(self.config, x.shape[1], positions, segment_ids)
         window = self.config.windows[0]
-        return attention(held(self), x, self.config, rotary=table, segment_ids=segment_ids, window=window)
+        return attention(held(self), x, self.config, encoding=places, segment_ids=segment_ids, window=window)
 
 
 class Decoder(nnx.Module):

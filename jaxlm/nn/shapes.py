@@ -7,8 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.hope import gap_leaf
+from jaxlm.nn.position_kinds import Hope, Learned
+from jaxlm.nn.positions import alibi_slopes
 
 
 class Leaf(NamedTuple):
@@ -17,12 +21,12 @@ class Leaf(NamedTuple):
     Attributes:
       shape: without the layer axis.
       spread: standard deviation of its initial values; 0 makes it constant.
-      mean: their mean.
+      mean: their mean, a number or an array of the shape.
     """
 
     shape: tuple[int, ...]
     spread: float
-    mean: float = 0.0
+    mean: float | np.ndarray = 0.0
 
 
 def norm_leaves(path: str, width: int, config: ModelConfig) -> dict[str, Leaf]:
@@ -50,6 +54,20 @@ def attention_leaves(config: ModelConfig) -> dict[str, Leaf]:
         full = config.query_key_norm == "full"
         leaves["query_norm/scale"] = Leaf((N * H if full else H,), 0.0, 1.0 - config.norm_offset)
         leaves["key_norm/scale"] = Leaf((K * H if full else H,), 0.0, 1.0 - config.norm_offset)
+    if config.attention_sink:
+        leaves["sink"] = Leaf((N,), 0.0)
+    if isinstance(config.positions, Hope):
+        leaves |= hope_leaves(config.positions, N, K)
+    return leaves
+
+
+def hope_leaves(kind: Hope, num_heads: int, num_kv_heads: int) -> dict[str, Leaf]:
+    """What hyperbolic positions learn in one layer; nothing as published."""
+    leaves = {}
+    if kind.learn_gap != "fixed":
+        leaves["positions/gap"] = Leaf((num_kv_heads,) if kind.learn_gap == "head" else (), 0.0, gap_leaf(kind))
+    if kind.slopes == "learned":  # a softplus away from ALiBi's
+        leaves["positions/slope"] = Leaf((num_heads,), 0.0, np.log(np.expm1(alibi_slopes(num_heads))))
     return leaves
 
 
@@ -77,7 +95,7 @@ def decoder_leaves(config: ModelConfig) -> dict[str, Leaf]:
     """Parameters of the whole decoder; those under `blocks/` with their leading layer axis."""
     D, spread = config.width, config.width**-0.5
     leaves = {"embed/table": Leaf((config.vocab_size, D), spread)}
-    if config.positions == "learned":
+    if isinstance(config.positions, Learned):
         leaves["positions/table"] = Leaf((config.max_length, D), spread)
     for path, leaf in block_leaves(config).items():
         leaves[f"blocks/{path}"] = leaf._replace(shape=(config.num_layers, *leaf.shape))
@@ -99,7 +117,7 @@ def initialise(leaves: dict[str, Leaf], key: jax.Array) -> dict[str, Any]:
             leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
             place[name] = leaf.mean + leaf.spread * jax.random.normal(leaf_key, leaf.shape, jnp.float32)
         else:
-            place[name] = jnp.full(leaf.shape, leaf.mean, jnp.float32)
+            place[name] = jnp.broadcast_to(jnp.asarray(leaf.mean, jnp.float32), leaf.shape)
     return tree
 
 

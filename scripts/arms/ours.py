@@ -15,6 +15,7 @@ from jaxlm.methods.sft import Sft
 from jaxlm.nn.axes import logical_axes
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.decoder import Model
+from jaxlm.nn.position_kinds import Rope
 from jaxlm.train.mesh import make_mesh, shardings
 from jaxlm.train.options import AdamW, MeshOptions
 from jaxlm.train.state import make_state, state_shardings
@@ -31,7 +32,7 @@ def model_config(shape: Shape) -> ModelConfig:
         num_kv_heads=shape.K,
         head_width=shape.H,
         mlp_width=shape.F,
-        rope_base=shapes.ROPE_BASE,
+        positions=Rope(base=shapes.ROPE_BASE),
         norm_epsilon=shapes.NORM_EPSILON,
         tied=False,
         dtype=shape.dtype,  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import pytest
 from jaxlm.checkpoints import load_config
 from jaxlm.checkpoints.config_reading import read_config
 from jaxlm.checkpoints.config_writing import write_config
-from jaxlm.nn import LinearScaling, Llama3Scaling, ModelConfig
+from jaxlm.nn import LinearScaling, Llama3Scaling, ModelConfig, Nope, Rope
 
 LLAMA = {
     "model_type": "llama",
@@ -94,7 +94,7 @@ def test_what_is_switched_off_or_changes_no_logit_passes():
 )
 def test_rope_is_read_in_its_old_and_new_form(rope, base, scaling):
     config = read_config(LLAMA | rope)
-    assert (config.rope_base, config.rope_scaling) == (base, scaling)
+    assert config.positions == Rope(base=base, scaling=scaling)
 
 
 def test_windows_follow_the_layers():
@@ -117,11 +117,11 @@ def test_writing_finds_the_family_that_expresses_the_model():
 
 
 def test_a_model_of_no_family_is_refused_with_the_field():
-    config = ModelConfig(vocab_size=64, width=32, num_layers=2, num_heads=4, positions="none")
-    with pytest.raises(ValueError, match="positions='none'"):
+    config = ModelConfig(vocab_size=64, width=32, num_layers=2, num_heads=4, positions=Nope())
+    with pytest.raises(ValueError, match="positions=Nope"):
         write_config(config)
     with pytest.raises(ValueError, match="windows"):
-        write_config(dataclasses.replace(config, positions="rope", windows=(8,)), family="llama")
+        write_config(dataclasses.replace(config, positions=Rope(), windows=(8,)), family="llama")
 
 
 def test_fields_of_the_computation_are_not_part_of_a_checkpoint():

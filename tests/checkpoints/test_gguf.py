@@ -32,7 +32,7 @@ def write(path, folder, *, architecture="llama", quantise=False, pre="smollm", e
     writer.add_head_count(config.num_heads)
     writer.add_head_count_kv(config.kv_heads)
     writer.add_layer_norm_rms_eps(config.norm_epsilon)
-    writer.add_rope_freq_base(config.rope_base)
+    writer.add_rope_freq_base(config.positions.base)
     writer.add_rope_dimension_count(config.head_size)
     for key, value in (extra or {}).items():
         writer.add_float32(key, value)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.nn import Model, ModelConfig, logical_axes
+from jaxlm.nn import Learned, Model, ModelConfig, logical_axes
 
 CONFIG = ModelConfig(
     vocab_size=32, width=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=24, tied=False, attention_bias=True
@@ -19,7 +19,7 @@ RULES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "ten
 EVERYTHING = [
     {},
     {
-        "positions": "learned",
+        "positions": Learned(),
         "norm": "layer",
         "norm_placement": "both",
         "attention_out_bias": True,

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn import Model, ModelConfig
+from jaxlm.nn import Learned, Model, ModelConfig
 
 BASE = ModelConfig(vocab_size=32, width=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=24, max_length=16)
 FAMILIES = {
     "llama": {"tied": False},
     "gpt2": {
-        "positions": "learned",
+        "positions": Learned(),
         "norm": "layer",
         "gated": False,
         "activation": "gelu_tanh",

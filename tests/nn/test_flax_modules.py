@@ -15,7 +15,7 @@ from jaxlm import nn as layers
 from jaxlm.nn.attention import attention
 from jaxlm.nn.mlp import mlp
 from jaxlm.nn.norm import rms_norm
-from jaxlm.nn.positions import rotary
+from jaxlm.nn.positions import encoding
 
 CONFIG = layers.ModelConfig(
     vocab_size=32, width=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=24, windows=(4,), tied=False
@@ -34,9 +34,9 @@ def shapes(tree):
 
 
 def parts():
-    table = rotary(CONFIG, 6)
+    places = encoding(CONFIG, 6)
     return {
-        "Attention": lambda p, x: attention(p, x, CONFIG, rotary=table, window=4),
+        "Attention": lambda p, x: attention(p, x, CONFIG, encoding=places, window=4),
         "MLP": lambda p, x: mlp(p, x, CONFIG),
         "RMSNorm": lambda p, x: rms_norm(p, x),
     }

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.config import LinearScaling, Llama3Scaling, ModelConfig
+from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.dense import dense
 from jaxlm.nn.mlp import mlp
 from jaxlm.nn.norm import layer_norm, rms_norm
+from jaxlm.nn.position_kinds import LinearScaling, Llama3Scaling
 from jaxlm.nn.positions import rotary_frequencies, rotary_table, rotate
 
 LLAMA3 = Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=64)
