@@ -32,6 +32,7 @@ __getattr__, __dir__ = attach(
         "attend": "attention",
         "channel_survival": "hope",
         "fold_lightcone": "hope",
+        "hope_attention": "attention",
         "hope_rates": "hope",
         "hope_theta": "hope",
         "logical_axes": "axes",

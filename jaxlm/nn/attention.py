@@ -15,10 +15,10 @@ from jaxlm.kernels.decay import centred, centred_refusal
 from jaxlm.kernels.tiled_attention import tiled_attention
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.dense import dense
-from jaxlm.nn.hope import check_rates, to_lightcone
+from jaxlm.nn.hope import check_rates, hope_rates, hope_theta, to_lightcone
 from jaxlm.nn.norm import rms_norm
 from jaxlm.nn.position_kinds import Hope
-from jaxlm.nn.positions import NOWHERE, Encoding, falloff, rotate
+from jaxlm.nn.positions import NOWHERE, Encoding, check_positions, falloff, relative_clock, rotate
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "tiled", "pallas")
 
@@ -39,7 +39,7 @@ def attend(
     clock: jax.Array | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """softmax(cap(scale * s_ij) - slope * D_ij) v, with s_ij = sum_c exp(-rate_c D_ij) q_ic k_jc, D_ij = clock_i - clock_j.
+    """softmax(cap(scale * s_ij) - slope * D_ij) v: s_ij = sum_c exp(-rate_c D_ij) q_ic k_jc, D_ij = clock_i - clock_j.
 
     Token i sees token j when j <= i, i - j < window, and both are of one segment.  Padding (segment 0) is a segment as
     any other here: no real token sees it, and its own rows are finite.
@@ -180,7 +180,15 @@ def attention(
       window: see `attend`.
     Returns: [B, L, D] in the dtype of `x_BLD`.
     """
-    B, L, _ = x_BLD.shape
+    query, key, value = project(p, x_BLD, config, encoding=encoding)
+    mixed = mix(p, query, key, value, config, encoding=encoding, segment_ids=segment_ids, window=window)
+    return dense(p["out"], mixed.reshape(*mixed.shape[:2], -1), config.adapter_scale)
+
+
+def project(
+    p: Mapping[str, Any], x_BLD: jax.Array, config: ModelConfig, *, encoding: Encoding = NOWHERE
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, L, N, H], keys and values [B, L, K, H], normalised and placed: what `mix` and a cache take."""
 
     def norm(name, x):
         return rms_norm(p[name], x, epsilon=config.norm_epsilon, offset=config.norm_offset)
@@ -191,20 +199,48 @@ def attention(
         x = dense(p[name], x_BLD, config.adapter_scale)
         if config.query_key_norm == "full" and name != "value":
             x = norm(f"{name}_norm", x)
-        x = x.reshape(B, L, count, config.head_size)
+        x = x.reshape(*x.shape[:-1], count, config.head_size)
         if config.query_key_norm == "head" and name != "value":
             x = norm(f"{name}_norm", x)
-        if name != "value":
-            if isinstance(config.positions, Hope) and config.positions.basis == "boost":
-                x = to_lightcone(x)
-            if encoding.rotation is not None:
-                x = rotate(x, encoding.rotation)
-        projected[name] = x
+        projected[name] = x if name == "value" else place(x, config, encoding)
+    return projected["query"], projected["key"], projected["value"]
+
+
+def place(x_BLNH: jax.Array, config: ModelConfig, encoding: Encoding) -> jax.Array:
+    """Queries or keys with what of their positions does not depend on the other one: the basis and the rotation."""
+    if isinstance(config.positions, Hope) and config.positions.basis == "boost":
+        x_BLNH = to_lightcone(x_BLNH)
+    return x_BLNH if encoding.rotation is None else rotate(x_BLNH, encoding.rotation)
+
+
+def mix(
+    p: Mapping[str, Any],
+    query_BLNH: jax.Array,
+    key_BLKH: jax.Array,
+    value_BLKH: jax.Array,
+    config: ModelConfig,
+    *,
+    encoding: Encoding = NOWHERE,
+    segment_ids: jax.Array | None = None,
+    window: int | jax.Array | None = None,
+) -> jax.Array:
+    """`attend` with the rates, slopes, sink and numbers of a layer: [B, L, N, H].
+
+    Args:
+      p: reads `positions` and `sink`, where configured.
+      query_BLNH: placed, as `project` gives it; keys and values alike.
+      key_BLKH: [B, L, K, H].
+      value_BLKH: [B, L, K, H].
+      config: reads `positions`, `attention*` and the heads.
+      encoding: of `positions.encoding`, for this config.
+      segment_ids: [B, L] int32, or None for one segment.
+      window: see `attend`.
+    """
     fall = falloff(p, config)
-    mixed_BLNH = attend(
-        projected["query"],
-        projected["key"],
-        projected["value"],
+    return attend(
+        query_BLNH,
+        key_BLKH,
+        value_BLKH,
         segment_ids=segment_ids,
         window=window,
         scale=config.attention_scale,
@@ -216,4 +252,45 @@ def attention(
         clock=encoding.clock,
         implementation=config.attention,
     )
-    return dense(p["out"], mixed_BLNH.reshape(B, L, config.num_heads * config.head_size), config.adapter_scale)
+
+
+def hope_attention(
+    query_BLNH: jax.Array,
+    key_BLKH: jax.Array,
+    value_BLKH: jax.Array,
+    rates: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    causal: bool = True,
+    **options: Any,
+) -> jax.Array:
+    """Attention with hyperbolic rotary positions, queries and keys in the light-cone basis (`to_lightcone`).
+
+    >>> rates = hope_rates(hope_theta(8, scale=0.01, base=100.0), 0.0005)
+    >>> x = jax.random.normal(jax.random.key(0), (1, 5, 2, 8))
+    >>> print(hope_attention(x, x, x, jnp.asarray(rates, jnp.float32)).shape)
+    (1, 5, 2, 8)
+
+    Args:
+      query_BLNH: [B, L, N, H].
+      key_BLKH: [B, L, K, H], K divides N.
+      value_BLKH: [B, L, K, H].
+      rates: float32 [H], [K, H] or [N, H] of `hope_rates`, 1/token; with a gradient.
+      positions: [B, L] int32, never decreasing inside a segment (checked outside of jit); only differences matter.
+        None: 0 .. L - 1.
+      segment_ids: [B, L] int32, or None for one segment.
+      causal: must be True.
+      options: `window`, `scale`, `softcap`, `slopes`, `sink`, `max_rate`, `implementation`, as in `attend`.
+    Returns: [B, L, N, H] in the dtype of the query.
+    Raises: ValueError for non-causal use, positions of another shape or order, and whatever `attend` refuses.
+
+    Source: Dai et al. 2025, arXiv:2509.05218, section 3; scores in the basis of `jaxlm.nn.hope`.
+    """
+    if not causal:
+        raise ValueError("HoPE is causal: scores decay from query to past key; give an encoder Rope() or Nope()")
+    clock = None
+    if positions is not None:
+        check_positions(positions, query_BLNH.shape[:2], segment_ids)
+        clock = relative_clock(positions, segment_ids)
+    return attend(query_BLNH, key_BLKH, value_BLKH, rates=rates, clock=clock, segment_ids=segment_ids, **options)

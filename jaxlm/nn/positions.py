@@ -127,6 +127,29 @@ def relative_clock(positions: jax.Array, segment_ids: jax.Array | None = None) -
     return jnp.pad(jnp.cumsum(step, axis=1), ((0, 0), (1, 0)))
 
 
+def check_positions(positions: jax.Array, shape: tuple[int, ...], segment_ids: jax.Array | None) -> None:
+    """Refuses positions that are no positions of these rows; their order is looked at outside of jit only.
+
+    Raises: ValueError for another shape than [B, L] (or [1, L]), or positions that decrease inside a segment, with the
+      first index and both values.
+    """
+    if positions.shape not in (tuple(shape), (1, shape[1])):
+        raise ValueError(f"positions must be {list(shape)}, one for each token, got {list(positions.shape)}")
+    if isinstance(positions, jax.core.Tracer) or isinstance(segment_ids, jax.core.Tracer):
+        return
+    back = np.diff(np.asarray(positions), axis=1) < 0
+    if segment_ids is not None:
+        back = back & (np.diff(np.asarray(segment_ids), axis=1) == 0)
+    if back.any():
+        row, index = (int(i) for i in np.argwhere(back)[0])
+        row = min(row, positions.shape[0] - 1)
+        before, after = int(positions[row, index]), int(positions[row, index + 1])
+        raise ValueError(
+            f"positions must not decrease inside a segment: {before} then {after} at index {index + 1} of row {row}; "
+            "give rows that hold several texts segment_ids"
+        )
+
+
 def rotary_frequencies(
     width: int,
     base: float,
