@@ -51,6 +51,71 @@ def centred(
     rates_NH = rates_KH
     if rates_KH.shape[0] > 1:
         rates_NH = jnp.repeat(rates_KH, query_BLNH.shape[2] // rates_KH.shape[0], axis=0)
-    down, up = jnp.exp(-rates_NH * place) * lost, jnp.exp(rates_KH * place)
+    down, up = jnp.exp(-rates_NH[None, None] * place) * lost, jnp.exp(rates_KH[None, None] * place)
     query = (query_BLNH.astype(jnp.float32) * down).astype(query_BLNH.dtype)
     return query, (key_BLKH.astype(jnp.float32) * up).astype(key_BLKH.dtype)
+
+
+def first_tiles(segment_ids: jax.Array | None, window: int | jax.Array | None, length: int, tile: int) -> jax.Array:
+    """Tiles before it hold no key that a query of the tile may see.
+
+    Args:
+      segment_ids: [B, L] int32, each segment one run, or None.
+      window: tokens seen, itself included, an int or a traced int32 scalar; None: all.
+      length: L, a multiple of the tile.
+      tile: tokens.
+    Returns: [B or 1, L / tile] int32, never falling along a row.
+    """
+    begin = jnp.arange(0, length, tile, dtype=jnp.int32)[None]
+    start = jnp.zeros_like(begin)
+    if window is not None:
+        start = jnp.maximum(start, begin - jnp.asarray(window, jnp.int32) + 1)
+    if segment_ids is not None:
+        new = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+        index = jnp.arange(length, dtype=jnp.int32)[None]
+        starts = jax.lax.cummax(jnp.where(new, index, 0), axis=1)  # of each token's segment
+        start = jnp.maximum(start, starts[:, ::tile])
+    return start // tile
+
+
+def rate_gradient(
+    query: jax.Array, key: jax.Array, d_query: jax.Array, d_key: jax.Array, place: jax.Array, *, shared: bool
+) -> jax.Array:
+    """d rate_c = -sum_t place_t (q_tc dq_tc - k_tc dk_tc): the rates' gradient in closed form, from no scores.
+
+    Args:
+      query: [n, B, K, G * Q, H], n tiles of Q tokens, G query heads a key head.
+      key: [n, B, K, Q, H].
+      d_query: float32, as the query; gradients before they are rounded.
+      d_key: float32, as the key.
+      place: [n, B or 1, Q] float32, from `from_the_middle`.
+      shared: whether one row of rates serves all heads.
+    Returns: [1 or K, H] float32.
+    """
+    place = place[:, :, None, :, None]
+    felt = jnp.sum(key.astype(jnp.float32) * d_key * place, axis=(0, 1, 3))
+    place = jnp.tile(place, (1, 1, 1, query.shape[3] // key.shape[3], 1))
+    felt = felt - jnp.sum(query.astype(jnp.float32) * d_query * place, axis=(0, 1, 3))
+    return jnp.sum(felt, axis=0, keepdims=True) if shared else felt
+
+
+def from_the_middle(clock: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Clocks less that of the middle of the token's segment, [B or 1, L] float32.
+
+    Any origin would do, as sum_t q_tc dq_tc = sum_t k_tc dk_tc in a segment; the middle keeps rounding small.
+
+    Args:
+      clock: [B or 1, L] int32.
+      segment_ids: [B, L] int32, each segment one run, or None.
+    """
+    if segment_ids is None:
+        first, last = clock[:, :1], clock[:, -1:]
+    else:
+        clock = jnp.broadcast_to(clock, segment_ids.shape)
+        border = segment_ids[:, 1:] != segment_ids[:, :-1]
+        begins, ends = jnp.pad(border, ((0, 0), (1, 0))), jnp.pad(border, ((0, 0), (0, 1)))
+        least, most = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
+        begins, ends = begins.at[:, 0].set(True), ends.at[:, -1].set(True)
+        first = jax.lax.cummax(jnp.where(begins, clock, least), axis=1)
+        last = jax.lax.cummin(jnp.where(ends, clock, most), axis=1, reverse=True)
+    return (clock - first - (last - first) // 2).astype(jnp.float32)

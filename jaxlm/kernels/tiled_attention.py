@@ -6,14 +6,14 @@ B batch, L tokens, N query heads, K key heads, G = N / K, H head width; n tiles 
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.kernels.blocked_attention import MASKED, SAVED
-from jaxlm.kernels.decay import REACH
+from jaxlm.kernels.decay import REACH, first_tiles, from_the_middle, rate_gradient
 
 _EXACT = jax.lax.Precision.HIGHEST  # of float32 products: some devices would round their operands
 
@@ -89,6 +89,7 @@ def tiled_attention(
         return jnp.moveaxis(x.reshape(x.shape[0], count, tile, *x.shape[2:]), 1, 0)
 
     clock = jnp.arange(L, dtype=jnp.int32)[None] if clock is None else clock
+    whole = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, pad)), mode="edge")
     segments = None if segment_ids is None else cut(segment_ids, "edge")
     arrays = _Arrays(
         rates_KH=None if rates is None else rates.astype(jnp.float32),
@@ -98,7 +99,7 @@ def tiled_attention(
         indices=jnp.arange(count * tile, dtype=jnp.int32).reshape(count, tile),
         segments=segments,
         window=None if window is None else jnp.asarray(window, jnp.int32),
-        first=_first_tiles(segments, window, count, tile),
+        first=jnp.min(first_tiles(whole, window, count * tile, tile), axis=0),
         near=jnp.ones(count, bool),
     )
     if arrays.rates_KH is not None:
@@ -109,23 +110,6 @@ def tiled_attention(
     out = _attend(query, key, value, arrays, _Options(scale, softcap))
     out = out.reshape(count, B, K, G, tile, H).transpose(1, 0, 4, 2, 3, 5).reshape(B, count * tile, N, H)
     return out[:, :L]
-
-
-def _first_tiles(segments: jax.Array | None, window: Any, count: int, tile: int) -> jax.Array:
-    """[n] int32: tiles before it hold no key that a query of the tile may see."""
-    start = jnp.zeros(count, jnp.int32)
-    begin = jnp.arange(count, dtype=jnp.int32) * tile
-    if window is not None:
-        start = jnp.maximum(start, begin - jnp.asarray(window, jnp.int32) + 1)
-    if segments is not None:
-        row = jnp.moveaxis(segments, 0, 1).reshape(segments.shape[1], -1)
-        new = jnp.pad(row[:, 1:] != row[:, :-1], ((0, 0), (1, 0)))
-        index = jnp.arange(row.shape[1], dtype=jnp.int32)
-        starts = jax.lax.cummax(jnp.where(new, index, 0), axis=1)[
-            :, ::tile
-        ]  # of the segment of each tile's first token
-        start = jnp.maximum(start, jnp.min(starts, axis=0))
-    return start // tile
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -218,8 +202,12 @@ def _backward(options, saved, d_out):
     (d_key, d_value, d_slopes), (d_query, d_sink) = jax.lax.scan(
         one_tile, (*zero, slopes), jnp.arange(query.shape[0], dtype=jnp.int32)
     )
+    d_rates = None
+    if arrays.rates_KH is not None:
+        place = _from_the_middle(arrays)
+        d_rates = rate_gradient(query, key, d_query, d_key, place, shared=arrays.rates_KH.shape[0] == 1)
     d_arrays = _Arrays(
-        rates_KH=None if arrays.rates_KH is None else _rate_gradient(query, key, d_query, d_key, arrays),
+        rates_KH=d_rates,
         slopes_KG=None if arrays.slopes_KG is None else d_slopes,
         sink_KG=None if arrays.sink_KG is None else jnp.sum(d_sink, axis=0),
         **dict.fromkeys(("clock", "indices", "segments", "window", "first", "near")),
@@ -374,32 +362,15 @@ def _by_row(x_KG, q_BKQH):
     return jnp.repeat(x_KG, q_BKQH.shape[2] // x_KG.shape[1], axis=1)[:, :, None]
 
 
-def _rate_gradient(query, key, d_query, d_key, arrays):
-    """Closed form, from unrounded gradients; each token's clock is counted from the middle of its segment."""
-    G = query.shape[3] // key.shape[3]
-    place = _from_the_middle(arrays)[:, :, None, :, None]
-    felt = jnp.sum(key.astype(jnp.float32) * d_key * place, axis=(0, 1, 3))
-    felt = felt - jnp.sum(query.astype(jnp.float32) * d_query * jnp.tile(place, (1, 1, 1, G, 1)), axis=(0, 1, 3))
-    return felt if arrays.rates_KH.shape[0] > 1 else jnp.sum(felt, axis=0, keepdims=True)
-
-
 def _from_the_middle(arrays):
     """[n, B or 1, Q] float32: clocks less that of the middle of the token's segment."""
-    count, B, Q = arrays.clock.shape
-    clock = jnp.moveaxis(arrays.clock, 0, 1).reshape(B, -1)
-    if arrays.segments is None:
-        first, last = clock[:, :1], clock[:, -1:]
-    else:
-        row = jnp.moveaxis(arrays.segments, 0, 1).reshape(arrays.segments.shape[1], -1)
-        clock = jnp.broadcast_to(clock, row.shape)
-        border = row[:, 1:] != row[:, :-1]
-        begins, ends = jnp.pad(border, ((0, 0), (1, 0))), jnp.pad(border, ((0, 0), (0, 1)))
-        least, most = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
-        begins, ends = begins.at[:, 0].set(True), ends.at[:, -1].set(True)
-        first = jax.lax.cummax(jnp.where(begins, clock, least), axis=1)
-        last = jax.lax.cummin(jnp.where(ends, clock, most), axis=1, reverse=True)
-    place = (clock - first - (last - first) // 2).astype(jnp.float32)
-    return jnp.moveaxis(place.reshape(clock.shape[0], count, Q), 1, 0)
+    count, _, Q = arrays.clock.shape
+
+    def row(x):
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], count * Q)
+
+    place = from_the_middle(row(arrays.clock), None if arrays.segments is None else row(arrays.segments))
+    return jnp.moveaxis(place.reshape(-1, count, Q), 1, 0)
 
 
 def _contract(spec, left, right):
