@@ -120,7 +120,7 @@ def _backward(options, saved, d_out):
     d_bias = None if bias is None else (d_slopes, None)
     d_sink = None
     if sink is not None:
-        d_sink = -jnp.sum(jnp.exp(sink[:, :, None, None] - log_sum) * inner, axis=(0, 3, 4))
+        d_sink = -jnp.sum(jnp.exp(sink[None, :, :, None, None] - log_sum) * inner, axis=(0, 3, 4))
     d_query = jnp.concatenate(d_query, axis=3)
     return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), d_bias, d_sink, None, None
 
@@ -172,8 +172,8 @@ def _by_head(x_BKQM, query_BKGLH):
 
 
 def _by_row(x_KG, scores_BKQM):
-    """A number a head as [K, G * Q, 1]."""
-    return jnp.repeat(x_KG, scores_BKQM.shape[2] // x_KG.shape[1], axis=1)[:, :, None]
+    """A number a head as [1, K, G * Q, 1]."""
+    return jnp.repeat(x_KG, scores_BKQM.shape[2] // x_KG.shape[1], axis=1)[None, :, :, None]
 
 
 def _contract(spec, left, right):

@@ -358,8 +358,8 @@ def _by_head(x_BKQM, G):
 
 
 def _by_row(x_KG, q_BKQH):
-    """A number a head as [K, G * Q, 1]."""
-    return jnp.repeat(x_KG, q_BKQH.shape[2] // x_KG.shape[1], axis=1)[:, :, None]
+    """A number a head as [1, K, G * Q, 1]."""
+    return jnp.repeat(x_KG, q_BKQH.shape[2] // x_KG.shape[1], axis=1)[None, :, :, None]
 
 
 def _from_the_middle(arrays):

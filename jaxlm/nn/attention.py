@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.kernels.blocked_attention import blocked_attention
 from jaxlm.kernels.decay import centred, centred_refusal
 from jaxlm.kernels.tiled_attention import tiled_attention
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.dense import dense
-from jaxlm.nn.hope import check_rates, hope_rates, hope_theta, to_lightcone
+from jaxlm.nn.hope import check_rates, to_lightcone
 from jaxlm.nn.norm import rms_norm
 from jaxlm.nn.position_kinds import Hope
 from jaxlm.nn.positions import NOWHERE, Encoding, check_positions, falloff, relative_clock, rotate
@@ -75,7 +76,7 @@ def attend(
     if rates is not None:
         check_rates(rates, num_heads=N, num_kv_heads=key_BMKH.shape[2], width=H)
         if max_rate is None and not isinstance(rates, jax.core.Tracer):
-            max_rate = float(jnp.max(rates))
+            max_rate = float(np.max(np.asarray(rates)))
         rates = rates[None] if rates.ndim == 1 else rates
         if rates.shape[0] not in (1, key_BMKH.shape[2]):
             key_BMKH, value_BMKH = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (key_BMKH, value_BMKH))
@@ -267,6 +268,7 @@ def hope_attention(
 ) -> jax.Array:
     """Attention with hyperbolic rotary positions, queries and keys in the light-cone basis (`to_lightcone`).
 
+    >>> from jaxlm.nn.hope import hope_rates, hope_theta
     >>> rates = hope_rates(hope_theta(8, scale=0.01, base=100.0), 0.0005)
     >>> x = jax.random.normal(jax.random.key(0), (1, 5, 2, 8))
     >>> print(hope_attention(x, x, x, jnp.asarray(rates, jnp.float32)).shape)

@@ -59,7 +59,9 @@ def hope_rates(theta: Any, gap: Any, *, damping: Literal["global", "per_pair"] =
     top = theta.max() if damping == "global" else theta
     slow, fast = top - theta, top + theta
     steady = np.concatenate([slow, fast])
-    return gap + (jnp.asarray(steady, jnp.float32) if isinstance(gap, jax.Array) else steady)
+    if not isinstance(gap, jax.Array):
+        return gap + steady
+    return gap + jnp.asarray(steady, jnp.float32).reshape((1,) * max(gap.ndim - 1, 0) + steady.shape)
 
 
 def check_rates(rates: Any, *, num_heads: int, num_kv_heads: int, width: int) -> None:
