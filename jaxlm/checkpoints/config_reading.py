@@ -7,12 +7,24 @@ empty); any other key is refused, because a feature that is silently dropped giv
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxlm.checkpoints.families import find_family
 from jaxlm.nn.config import ModelConfig
-from jaxlm.nn.position_kinds import Learned, LinearScaling, Llama3Scaling, Rope
+from jaxlm.nn.position_kinds import (
+    Alibi,
+    DynamicScaling,
+    Hope,
+    Learned,
+    LinearScaling,
+    Llama3Scaling,
+    Nope,
+    Rope,
+    Xpos,
+    YarnScaling,
+)
 
 _ROPE = {"rope_parameters": None, "rope_scaling": None, "rope_theta": 10_000.0}
 _LLAMA = _ROPE | {
@@ -62,6 +74,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "scale_attn_weights": True,
         "tie_word_embeddings": True,
     },
+    "jaxlm": {},
 }
 
 # Dropout is here because jaxlm trains without it; pretraining_tp only cuts products in pieces.
@@ -80,6 +93,11 @@ REMEDIES = {
     "auto_map": "the checkpoint wants code of its own to be run, which jaxlm never does",
     "num_experts": "mixtures of experts are not built",
     "num_local_experts": "mixtures of experts are not built",
+}
+
+KINDS = {
+    kind.__name__: kind
+    for kind in (Rope, Learned, Nope, Alibi, Xpos, Hope, LinearScaling, DynamicScaling, Llama3Scaling, YarnScaling)
 }
 
 _READ_ACTIVATIONS = {
@@ -147,9 +165,16 @@ def _read_rope(c: _Keys) -> dict[str, Any]:
         raise ValueError(
             f"config.json: partial_rotary_factor {new or old!r} is not supported: all of a head is rotated"
         )
-    scaling: LinearScaling | Llama3Scaling | None = None
+    scaling: LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | None = None
     try:
-        if kind == "linear":
+        if kind == "dynamic":  # of the pretrained length, which this kind alone reads from the model's
+            rope.pop("original_max_position_embeddings", None)
+            scaling = DynamicScaling(
+                factor=float(rope.pop("factor")), original_length=c.size("max_position_embeddings")
+            )
+        elif kind == "yarn":
+            scaling = _read_yarn(rope, c)
+        elif kind == "linear":
             scaling = LinearScaling(factor=float(rope.pop("factor")))
         elif kind == "llama3":
             scaling = Llama3Scaling(
@@ -159,7 +184,9 @@ def _read_rope(c: _Keys) -> dict[str, Any]:
                 original_length=int(rope.pop("original_max_position_embeddings", c("max_position_embeddings"))),
             )
         elif kind != "default":
-            raise ValueError(f"config.json: rope_type {kind!r} is not supported, only default, linear and llama3")
+            raise ValueError(
+                f"config.json: rope_type {kind!r} is not supported, only default, linear, dynamic, llama3 and yarn"
+            )
     except KeyError as error:
         raise ValueError(f"config.json: rope_type {kind!r} lacks {error}: {new or old!r}") from error
     if rest := {key: value for key, value in rope.items() if value is not None}:
@@ -167,6 +194,45 @@ def _read_rope(c: _Keys) -> dict[str, Any]:
     if not isinstance(base, int | float) or base <= 0:
         raise ValueError(f"config.json: rope_theta must be a positive number, got {base!r}")
     return {"positions": Rope(base=float(base), scaling=scaling)}
+
+
+def _read_yarn(rope: dict[str, Any], c: _Keys) -> YarnScaling:
+    """Takes YaRN's keys out of `rope`."""
+    factor = float(rope.pop("factor"))
+    sharpness = rope.pop("attention_factor", None)
+    part, all_parts = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
+    if sharpness is None and part and all_parts:
+        sharpness = (0.1 * part * math.log(factor) + 1.0) / (0.1 * all_parts * math.log(factor) + 1.0)
+    return YarnScaling(
+        factor=factor,
+        original_length=int(rope.pop("original_max_position_embeddings", c("max_position_embeddings"))),
+        fast=float(rope.pop("beta_fast", None) or 32.0),
+        slow=float(rope.pop("beta_slow", None) or 1.0),
+        sharpness=None if sharpness is None else float(sharpness),
+        truncate=bool(rope.pop("truncate", True)),
+    )
+
+
+def _read_native(c: _Keys) -> dict[str, Any]:
+    """Our own fields, for models that no family of Hugging Face has."""
+    fields = dict(c("model"))
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    if unknown := sorted(fields.keys() - known):
+        raise ValueError(f"config.json: a jaxlm model has no field {unknown[0]!r}: written by another version")
+    return fields | {"windows": tuple(fields["windows"]), "positions": _read_kind(fields["positions"])}
+
+
+def _read_kind(value: Any) -> Any:
+    """A kind of positions, or a scaling, from `{"kind": its class, ...}`."""
+    if not isinstance(value, dict):
+        return value
+    fields = {name: _read_kind(inner) for name, inner in value.items() if name != "kind"}
+    if value.get("kind") not in KINDS:
+        raise ValueError(f"config.json: positions of kind {value.get('kind')!r} are unknown: {', '.join(KINDS)}")
+    try:
+        return KINDS[value["kind"]](**fields)
+    except TypeError as error:
+        raise ValueError(f"config.json: {value['kind']} of another version: {error}") from error
 
 
 def _read_rms_decoder(c: _Keys, activation: str = "hidden_act") -> dict[str, Any]:
@@ -289,6 +355,7 @@ _READERS: dict[str, Callable[[_Keys], dict[str, Any]]] = {
     "olmo2": _read_olmo2,
     "gemma2": _read_gemma2,
     "gpt2": _read_gpt2,
+    "jaxlm": _read_native,
 }
 
 

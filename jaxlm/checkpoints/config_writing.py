@@ -9,7 +9,7 @@ from typing import Any
 from jaxlm.checkpoints.config_reading import read_config
 from jaxlm.checkpoints.families import FAMILIES, find_family
 from jaxlm.nn.config import ModelConfig
-from jaxlm.nn.position_kinds import LinearScaling, Llama3Scaling, Rope
+from jaxlm.nn.position_kinds import DynamicScaling, LinearScaling, Llama3Scaling, Rope, YarnScaling
 
 _WRITE_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 _RUNTIME = ("dtype", "remat", "attention", "adapter_scale")  # fields that say how to compute, not what
@@ -23,6 +23,18 @@ def _write_rope(config: ModelConfig) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": kind.base}
     if isinstance(scaling, LinearScaling):
         rope |= {"rope_type": "linear", "factor": scaling.factor}
+    if isinstance(scaling, DynamicScaling):  # reading it back, the original length must be the model's own
+        rope |= {"rope_type": "dynamic", "factor": scaling.factor}
+    if isinstance(scaling, YarnScaling):
+        rope |= {
+            "rope_type": "yarn",
+            "factor": scaling.factor,
+            "original_max_position_embeddings": scaling.original_length,
+            "beta_fast": scaling.fast,
+            "beta_slow": scaling.slow,
+            "attention_factor": scaling.sharpness,
+            "truncate": scaling.truncate,
+        }
     if isinstance(scaling, Llama3Scaling):
         rope |= {
             "rope_type": "llama3",
@@ -113,6 +125,18 @@ def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _write_native(config: ModelConfig) -> dict[str, Any]:
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _RUNTIME}
+    return {"model": fields | {"positions": _write_kind(config.positions), "windows": list(config.windows)}}
+
+
+def _write_kind(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {f.name: _write_kind(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return {"kind": type(value).__name__} | fields
+
+
 _WRITERS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "llama": _write_llama,
     "mistral": _write_mistral,
@@ -121,6 +145,7 @@ _WRITERS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "olmo2": _write_olmo2,
     "gemma2": _write_gemma2,
     "gpt2": _write_gpt2,
+    "jaxlm": _write_native,
 }
 
 
@@ -161,9 +186,10 @@ def write_config(config: ModelConfig, *, family: str | None = None) -> dict[str,
     """config.json of a model, for the named family or the first one that expresses it without loss.
 
     A config fits a family when reading what was written gives the same model; fields of the computation (dtype, remat,
-    attention, adapter_scale) are not part of a checkpoint.
+    attention, adapter_scale) are not part of a checkpoint.  A model of no Hugging Face family (another kind of
+    positions, say) gets model_type "jaxlm" and our own names; jaxlm loads it, transformers does not.
 
-    Raises: ValueError that names each field no family (or not the one asked for) can express.
+    Raises: ValueError that names each field the family asked for cannot express.
     """
     found: list[tuple[int, str, list[str]]] = []
     for name in [find_family(family).name] if family else FAMILIES:
@@ -178,4 +204,4 @@ def write_config(config: ModelConfig, *, family: str | None = None) -> dict[str,
             return values
         found.append((len(lost), name, lost))
     _, name, lost = min(found, key=lambda item: item[0])
-    raise ValueError(f"no Hugging Face family has this model; the nearest, {name}, cannot hold {'; '.join(lost)}")
+    raise ValueError(f"{name} cannot hold {'; '.join(lost)}")

@@ -116,6 +116,24 @@ GPT2_ROWS = (
     HEAD,
 )
 
+_NATIVE = (
+    "embed/table positions/table final_norm/scale final_norm/bias head/kernel",
+    "attention_norm attention_post_norm mlp_norm mlp_post_norm",
+    "attention/query attention/key attention/value attention/out mlp/gate mlp/up mlp/down",
+    "attention/query_norm/scale attention/key_norm/scale attention/sink attention/positions/gap "
+    "attention/positions/slope",
+)
+
+
+def _native_rows() -> tuple[Row, ...]:
+    """Our own names, for what no family of Hugging Face has: layers one by one, all else as it is."""
+    whole, norms, dense, single = (names.split() for names in _NATIVE)
+    layered = [f"{name}/{leaf}" for name in norms for leaf in ("scale", "bias")]
+    layered += [f"{name}/{leaf}" for name in dense for leaf in ("kernel", "bias")] + single
+    rows = [Row(name, name.replace("/", ".")) for name in whole]
+    return (*rows, *(Row(f"blocks/{name}", f"blocks.{{}}.{name.replace('/', '.')}") for name in layered))
+
+
 ROTARY = (r".*rotary_emb\.inv_freq",)
 
 FAMILIES = {
@@ -128,6 +146,7 @@ FAMILIES = {
         Family("olmo2", "Olmo2ForCausalLM", "model.", OLMO2_ROWS, ROTARY),
         Family("gemma2", "Gemma2ForCausalLM", "model.", GEMMA2_ROWS, ROTARY),
         Family("gpt2", "GPT2LMHeadModel", "transformer.", GPT2_ROWS, (r".*\.attn\.(masked_)?bias",)),
+        Family("jaxlm", "JaxlmDecoder", "", _native_rows()),  # the last one, which every model fits
     )
 }
 

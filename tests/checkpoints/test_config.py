@@ -6,12 +6,28 @@ import json
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
+from jaxlm import checkpoints
 from jaxlm.checkpoints import load_config
 from jaxlm.checkpoints.config_reading import read_config
 from jaxlm.checkpoints.config_writing import write_config
-from jaxlm.nn import LinearScaling, Llama3Scaling, ModelConfig, Nope, Rope
+from jaxlm.nn import (
+    Alibi,
+    DynamicScaling,
+    Hope,
+    Learned,
+    LinearScaling,
+    Llama3Scaling,
+    Model,
+    ModelConfig,
+    Nope,
+    Rope,
+    Xpos,
+    YarnScaling,
+)
 
 LLAMA = {
     "model_type": "llama",
@@ -28,8 +44,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rope_parameters": YARN}, ["yarn", "llama3"]),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["dynamic"]),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, ["longrope", "llama3"]),
+        ({"rope_scaling": {"type": "dynamic"}}, ["dynamic", "factor"]),
         ({"rope_scaling": {"type": "linear"}}, ["linear", "factor"]),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, ["beta_fast"]),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_scaling": YARN}, ["differ"]),
@@ -116,12 +132,51 @@ def test_writing_finds_the_family_that_expresses_the_model():
     assert write_config(config, family="mistral")["sliding_window"] is None
 
 
-def test_a_model_of_no_family_is_refused_with_the_field():
-    config = ModelConfig(vocab_size=64, width=32, num_layers=2, num_heads=4, positions=Nope())
-    with pytest.raises(ValueError, match="positions=Nope"):
-        write_config(config)
+def test_a_model_of_no_family_gets_our_own_names_and_a_family_asked_for_refuses_it_with_the_field():
+    config = ModelConfig(vocab_size=64, width=32, num_layers=2, num_heads=4, positions=Nope(), windows=(8, None))
+    assert write_config(config)["model_type"] == "jaxlm"
+    with pytest.raises(ValueError, match=r"llama cannot hold .*positions=Nope"):
+        write_config(config, family="llama")
     with pytest.raises(ValueError, match="windows"):
         write_config(dataclasses.replace(config, positions=Rope(), windows=(8,)), family="llama")
+
+
+POSITIONS = [
+    Rope(base=500.0, scaling=YarnScaling(factor=4.0, original_length=64, sharpness=1.1, truncate=False)),
+    Rope(scaling=DynamicScaling(factor=2.0, original_length=64)),
+    Rope(scaling=LinearScaling(factor=2.0)),
+    Learned(),
+    Nope(),
+    Alibi(),
+    Xpos(scale_base=100.0),
+    Hope(theta_scale=0.05, damping="per_pair", learn_gap="head", gap_max=1.0, slopes="learned", rotating=0.5),
+]
+
+
+@pytest.mark.parametrize("positions", POSITIONS, ids=str)
+def test_every_kind_of_positions_is_stored_and_comes_back_the_same(positions, tmp_path):
+    config = ModelConfig(
+        vocab_size=64, width=32, num_layers=2, num_heads=4, num_kv_heads=2, max_length=64, positions=positions,
+        attention_sink=isinstance(positions, Hope),
+    )  # fmt: skip
+    assert read_config(json.loads(json.dumps(write_config(config)))).positions == positions
+    model = Model(config)
+    params = model.init(jax.random.key(0))
+    checkpoints.save(tmp_path / "model", model, params)
+    loaded, same = checkpoints.load(tmp_path / "model")
+    assert loaded.config.positions == positions
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+def test_our_own_file_of_another_version_is_refused():
+    config = ModelConfig(vocab_size=64, width=32, num_layers=2, num_heads=4, positions=Nope())
+    values = write_config(config)
+    with pytest.raises(ValueError, match="has no field 'depth'"):
+        read_config(values | {"model": values["model"] | {"depth": 3}})
+    with pytest.raises(ValueError, match="kind 'Spiral' are unknown"):
+        read_config(values | {"model": values["model"] | {"positions": {"kind": "Spiral"}}})
+    with pytest.raises(ValueError, match="Alibi of another version"):
+        read_config(values | {"model": values["model"] | {"positions": {"kind": "Alibi", "steep": 1}}})
 
 
 def test_fields_of_the_computation_are_not_part_of_a_checkpoint():

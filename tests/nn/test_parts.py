@@ -12,8 +12,8 @@ from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.dense import dense
 from jaxlm.nn.mlp import mlp
 from jaxlm.nn.norm import layer_norm, rms_norm
-from jaxlm.nn.position_kinds import LinearScaling, Llama3Scaling
-from jaxlm.nn.positions import rotary_frequencies, rotary_table, rotate
+from jaxlm.nn.position_kinds import DynamicScaling, LinearScaling, Llama3Scaling, YarnScaling
+from jaxlm.nn.positions import rotary_frequencies, rotary_table, rotate, sharpness_of
 
 LLAMA3 = Llama3Scaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=64)
 # transformers 5.23, ROPE_INIT_FUNCTIONS["llama3"], head width 16, base 1e4, the factors above
@@ -103,12 +103,19 @@ def test_scaled_frequencies_equal_live_transformers():
             },
             LLAMA3,
         ),
+        "yarn": (
+            {"factor": 4.0, "original_max_position_embeddings": 128},
+            YarnScaling(factor=4.0, original_length=128),
+        ),
+        "dynamic": ({"factor": 2.0}, DynamicScaling(factor=2.0, original_length=512)),
     }
     for kind, (numbers, scaling) in kinds.items():
         rope = {"rope_type": kind, "rope_theta": 1e4, **numbers}
         config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=512, rope_parameters=rope)
-        theirs, _ = ROPE_INIT_FUNCTIONS[kind](config, None)
-        np.testing.assert_allclose(rotary_frequencies(16, 1e4, scaling), theirs.numpy(), rtol=2e-6)
+        theirs, sharpness = ROPE_INIT_FUNCTIONS[kind](config, None, **({"seq_len": 2000} if kind == "dynamic" else {}))
+        ours = rotary_frequencies(16, 1e4, scaling, length=2000)
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=2e-6)
+        np.testing.assert_allclose(sharpness_of(scaling), sharpness, rtol=1e-6)
 
 
 def test_an_odd_head_width_is_refused_by_rotary_positions():
