@@ -18,6 +18,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxlm.kernels.blocked_attention import MASKED, SAVED
 from jaxlm.kernels.decay import REACH, first_tiles, from_the_middle, rate_gradient
+from jaxlm.kernels.pallas_tiles import (
+    dot,
+    down,
+    finish,
+    own,
+    own_pull_key,
+    own_pull_query,
+    past,
+    pulled,
+    store_down,
+    turned,
+)
 
 SUBLANES = 16  # rows of a bfloat16 register: tiles are multiples of it
 
@@ -154,7 +166,7 @@ def _backward(plan, saved, d_out):
         arrays,
         common | _keys(key, arrays, plan),
         outputs,
-        {"top": (T, 1), "pulled": (T, 1), "slope": (T, 1), "down": (T, H), "d_down": (T, H)},
+        {"log_sum": (T, 1), "inner": (T, 1), "fall": (T, 1), "down": (T, H), "d_down": (T, H)},
     )
     d_key, d_value = _launch(
         _key_kernel,
@@ -263,22 +275,19 @@ def _launch(kernel: Callable, plan: _Plan, arrays: _Arrays, inputs: dict, output
             inputs[f"{name}_keys"] = x.reshape(-1, count, 1, T)
             specs[f"{name}_queries"] = of_tokens(x.shape[0], (T, 1), of_key=False)
             specs[f"{name}_keys"] = of_tokens(x.shape[0], (1, T), of_key=True)
-    if keys_first:
-        grid, alike = (B, K, count, G, count), 3
-    else:
-        grid, alike = (B, N, count, count), 3
+    over = (G, count) if keys_first else (count,)  # what is summed over in scratch, in this order
     made = pl.pallas_call(
         partial(kernel, plan, (G, count)),
         out_shape=outputs,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=grid,
+            grid=(B, K if keys_first else N, count, *over),
             in_specs=[{name: specs[name] for name in inputs}],
             out_specs={name: specs[name] for name in outputs},
             scratch_shapes=[{name: pltpu.VMEM(shape, jnp.float32) for name, shape in scratch.items()}],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * alike + ("arbitrary",) * (len(grid) - alike)
+            dimension_semantics=(pltpu.PARALLEL,) * 3 + (pltpu.ARBITRARY,) * len(over)
         ),
         interpret=plan.interpret,
         name=kernel.__name__.strip("_"),
@@ -297,31 +306,31 @@ def _forward_kernel(plan, sizes, s, x, y, z):
         z["top"][...] = jnp.full_like(z["top"], MASKED)
         z["total"][...] = jnp.zeros_like(z["total"])
         z["mixed"][...] = jnp.zeros_like(z["mixed"])
-        _store_down(s, x, z, b, i)
+        store_down(s, x, z, b, i)
 
-    def add(products, own):
-        scores = _finish(plan, s, x, h, i, j, products, own)[0]
+    def add(products, itself):
+        scores = finish(plan, s, x, h, i, j, products, itself)[0]
         top = z["top"][...]
         higher = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
         weights, shrink = jnp.exp(scores - higher), jnp.exp(top - higher)
         z["total"][...] = z["total"][...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
-        z["mixed"][...] = z["mixed"][...] * shrink + _dot(weights, x["value"][...], 1, 0)
+        z["mixed"][...] = z["mixed"][...] * shrink + dot(weights, x["value"][...], 1, 0)
         z["top"][...] = higher
 
     @pl.when((s.of("first", b, i) <= j) & (j < i))
     def _():
-        add(_past(s, x, z, b, i, j)[0], own=False)
+        add(past(s, x, z, b, i, j)[0], itself=False)
 
     @pl.when(j == i)  # last, as it shows every query a key: that wipes out what masked tiles have left
     def _():
-        add(_own(s, x, b, i), own=True)
+        add(own(s, x, b, i), itself=True)
         top, total, mixed = z["top"][...], z["total"][...], z["mixed"][...]
         if s.sink is not None:
             higher = jnp.maximum(top, s.sink[h])
             shrink = jnp.exp(top - higher)
             top, total, mixed = higher, total * shrink + jnp.exp(s.sink[h] - higher), mixed * shrink
         y["out"][...] = (mixed / total).astype(y["out"].dtype)
-        y["log_sum"][...] = _turned(top + jnp.log(total))
+        y["log_sum"][...] = turned(top + jnp.log(total))
 
 
 def _query_kernel(plan, sizes, s, x, y, z):
@@ -329,30 +338,30 @@ def _query_kernel(plan, sizes, s, x, y, z):
 
     @pl.when(j == 0)
     def _():
-        z["top"][...], z["pulled"][...] = _turned(x["log_sum"][...]), _turned(x["inner"][...])
-        z["slope"][...] = jnp.zeros_like(z["slope"])
+        z["log_sum"][...], z["inner"][...] = turned(x["log_sum"][...]), turned(x["inner"][...])
+        z["fall"][...] = jnp.zeros_like(z["fall"])
         z["d_down"][...] = jnp.zeros_like(z["d_down"])
-        _store_down(s, x, z, b, i)
+        store_down(s, x, z, b, i)
 
-    def of_products(products, own):
-        _, d_products, fall = _pulled(plan, s, x, h, i, j, products, z["top"][...], z["pulled"][...], own)
+    def of_products(products, itself):
+        _, d_products, fall = pulled(plan, s, x, h, i, j, products, z["log_sum"][...], z["inner"][...], itself)
         if fall is not None:
-            z["slope"][...] += fall
+            z["fall"][...] += fall
         return d_products
 
     @pl.when((s.of("first", b, i) <= j) & (j < i))
     def _():
-        products, between = _past(s, x, z, b, i, j)
-        d_left = _dot(of_products(products, own=False), x["key"][...], 1, 0)
+        products, between = past(s, x, z, b, i, j)
+        d_left = dot(of_products(products, itself=False), x["key"][...], 1, 0)
         z["d_down"][...] += d_left if between is None else d_left * between
 
     @pl.when(j == i)
     def _():
-        d_products = of_products(_own(s, x, b, i), own=True)
-        d_past = z["d_down"][...] if "rates" not in x else z["d_down"][...] * _down(s, x, b, i)
-        y["d_query"][...] = (d_past + _own_pull_query(s, x, b, i, d_products)).astype(y["d_query"].dtype)
+        d_products = of_products(own(s, x, b, i), itself=True)
+        d_past = z["d_down"][...] if "rates" not in x else z["d_down"][...] * down(s, x, b, i)
+        y["d_query"][...] = (d_past + own_pull_query(s, x, b, i, d_products)).astype(y["d_query"].dtype)
         if "fall" in y:
-            y["fall"][...] = _turned(z["slope"][...])
+            y["fall"][...] = turned(z["fall"][...])
 
 
 def _key_kernel(plan, sizes, s, x, y, z):
@@ -365,13 +374,13 @@ def _key_kernel(plan, sizes, s, x, y, z):
         for name in ("d_faded", "d_own", "d_mixed"):
             z[name][...] = jnp.zeros_like(z[name])
         if "rates" in x:
-            left = _turned((s.of("ends", b, j) - x["clock_keys"][...]).astype(jnp.float32))
+            left = turned((s.of("ends", b, j) - x["clock_keys"][...]).astype(jnp.float32))
             z["fade"][...] = jnp.exp(-x["rates"][...] * left)
 
-    def of_products(products, own):
-        log_sum, inner = _turned(x["log_sum"][...]), _turned(x["inner"][...])
-        weights, d_products, _ = _pulled(plan, s, x, h, i, j, products, log_sum, inner, own)
-        z["d_mixed"][...] += _dot(weights, x["d_out"][...], 0, 0)
+    def of_products(products, itself):
+        log_sum, inner = turned(x["log_sum"][...]), turned(x["inner"][...])
+        weights, d_products, _ = pulled(plan, s, x, h, i, j, products, log_sum, inner, itself)
+        z["d_mixed"][...] += dot(weights, x["d_out"][...], 0, 0)
         return d_products
 
     @pl.when((j < i) & (i <= s.of("last", b, j)))
@@ -381,169 +390,16 @@ def _key_kernel(plan, sizes, s, x, y, z):
             gap = (x["clock_queries"][...] - s.of("ends", b, j)).astype(jnp.float32)
             query = (query.astype(jnp.float32) * jnp.exp(-x["rates"][...] * gap)).astype(key.dtype)
             key = (key.astype(jnp.float32) * z["fade"][...]).astype(key.dtype)
-        d_products = of_products(_dot(query, key, 1, 1), own=False)
-        z["d_faded"][...] += _dot(d_products, query, 0, 0)
+        d_products = of_products(dot(query, key, 1, 1), itself=False)
+        z["d_faded"][...] += dot(d_products, query, 0, 0)
 
     @pl.when(i == j)
     def _():
-        d_products = of_products(_own(s, x, b, i), own=True)
-        z["d_own"][...] += _own_pull_key(s, x, b, i, d_products)
+        d_products = of_products(own(s, x, b, i), itself=True)
+        z["d_own"][...] += own_pull_key(s, x, b, i, d_products)
 
     @pl.when((g == G - 1) & (i == count - 1))
     def _():
         d_past = z["d_faded"][...] if "rates" not in x else z["d_faded"][...] * z["fade"][...]
         y["d_key"][...] = (d_past + z["d_own"][...]).astype(y["d_key"].dtype)
         y["d_value"][...] = z["d_mixed"][...].astype(y["d_value"].dtype)
-
-
-# What they share.
-
-
-def _finish(plan, s, x, h, i, j, products, own):
-    """Scores of a pair of tiles: scaled, capped, biased, masked; the cap's slope or None; distances or None."""
-    scores, slope, distance = products * plan.scale, None, None
-    if plan.softcap is not None:
-        capped = jnp.tanh(scores / plan.softcap)
-        scores, slope = plan.softcap * capped, 1.0 - capped * capped
-    if s.slopes is not None:
-        distance = (x["clock_queries"][...] - x["clock_keys"][...]).astype(jnp.float32)
-        scores = scores - s.slopes[h] * distance
-    apart = (i - j) * plan.tile + _index(scores, 0) - _index(scores, 1)
-    seen = [apart >= 0] if own else []
-    if s.window is not None:
-        seen.append(apart < s.window[0])
-    if "segments_keys" in x:
-        seen.append(x["segments_queries"][...] == x["segments_keys"][...])
-    for each in seen:
-        scores = jnp.where(each, scores, MASKED)
-    return scores, slope, distance
-
-
-def _pulled(plan, s, x, h, i, j, products, log_sum, inner, own):
-    """Weights, the gradient of the products q k, and each query's sum of score gradients times distance or None."""
-    scores, slope, distance = _finish(plan, s, x, h, i, j, products, own)
-    weights = jnp.exp(scores - log_sum)
-    d_scores = weights * (_dot(x["d_out"][...], x["value"][...], 1, 1) - inner)
-    fall = None if distance is None else jnp.sum(d_scores * distance, axis=1, keepdims=True)
-    return weights, d_scores * (plan.scale if slope is None else plan.scale * slope), fall
-
-
-def _down(s, x, b, i):
-    """exp(-rate (clock - first clock of the tile)), [T, H]."""
-    place = (x["clock_queries"][...] - s.of("starts", b, i)).astype(jnp.float32)
-    return jnp.exp(-x["rates"][...] * place)
-
-
-def _store_down(s, x, z, b, i):
-    if "rates" in x:
-        z["down"][...] = x["query"][...].astype(jnp.float32) * _down(s, x, b, i)
-
-
-def _past(s, x, z, b, i, j):
-    """Products [T, T] float32 of a tile of queries with an earlier one of keys, and the factor between, [1, H]."""
-    if "rates" not in x:
-        return _dot(x["query"][...], x["key"][...], 1, 1), None
-    gap = (s.of("starts", b, i) - s.of("ends", b, j)).astype(jnp.float32)
-    between = jnp.exp(-x["rates"][...] * gap)
-    return _dot((z["down"][...] * between).astype(x["key"].dtype), x["key"][...], 1, 1), between
-
-
-def _own_operands(x):
-    return x["query"][...], (x["own"] if "own" in x else x["key"])[...]
-
-
-def _by_reach(s, x, b, i, plain, centred, by_channel):
-    """A tile with itself: without rates; by factors from its middle, [T, H] each; or by rates and distances [T, T]."""
-    query, key = _own_operands(x)
-    if "rates" not in x:
-        return plain(query, key)
-    query, key = query.astype(jnp.float32), key.astype(jnp.float32)
-
-    def reached():
-        start = s.of("starts", b, i)
-        place = x["clock_queries"][...] - start - jax.lax.div(s.of("ends", b, i) - start, 2)
-        exponent = x["rates"][...] * place.astype(jnp.float32)
-        return centred(query, key, jnp.exp(-exponent), jnp.exp(exponent))
-
-    def not_reached():
-        distance = jnp.maximum(x["clock_queries"][...] - x["clock_keys"][...], 0).astype(jnp.float32)
-        return by_channel(query, key, lambda c: jnp.exp(-_column(x["rates"][...], c) * distance))
-
-    return jax.lax.cond(s.of("near", b, i) > 0, reached, not_reached)
-
-
-def _own(s, x, b, i):
-    """Products of a tile with itself, float32; those with the future are finite and mean nothing."""
-
-    def by_channel(query, key, decay):
-        def add(c, products):
-            return products + _column(query, c) * _turned(_column(key, c)) * decay(c)
-
-        return jax.lax.fori_loop(0, query.shape[1], add, jnp.zeros((query.shape[0],) * 2, jnp.float32))
-
-    def centred(query, key, down, up):
-        return _dot(query * down, key * up, 1, 1)
-
-    return _by_reach(s, x, b, i, lambda query, key: _dot(query, key, 1, 1), centred, by_channel)
-
-
-def _own_pull_query(s, x, b, i, d):
-    """Gradient of the queries [T, H] float32 from that of `_own`."""
-
-    def by_channel(query, key, decay):
-        def fill(c, d_query):
-            column = jnp.sum(d * decay(c) * _turned(_column(key, c)), axis=1, keepdims=True)
-            return jnp.where(_index(d_query, 1) == c, column, d_query)
-
-        return jax.lax.fori_loop(0, query.shape[1], fill, jnp.zeros_like(query))
-
-    def centred(query, key, down, up):
-        return _dot(d, key * up, 1, 0) * down
-
-    return _by_reach(s, x, b, i, lambda query, key: _dot(d, key, 1, 0), centred, by_channel)
-
-
-def _own_pull_key(s, x, b, i, d):
-    """Gradient of the keys [T, H] float32 from that of `_own`."""
-
-    def by_channel(query, key, decay):
-        def fill(c, d_key):
-            row = jnp.sum(d * decay(c) * _column(query, c), axis=0, keepdims=True)
-            return jnp.where(_index(d_key, 1) == c, _turned(row), d_key)
-
-        return jax.lax.fori_loop(0, key.shape[1], fill, jnp.zeros_like(key))
-
-    def centred(query, key, down, up):
-        return _dot(d, query * down, 0, 0) * up
-
-    return _by_reach(s, x, b, i, lambda query, key: _dot(d, query, 0, 0), centred, by_channel)
-
-
-def _index(like, axis):
-    return jax.lax.broadcasted_iota(jnp.int32, like.shape, axis)
-
-
-def _column(x, c):
-    """[rows, 1]: column c of [rows, H]; a slice at a traced c is what a TPU lacks."""
-    return jnp.sum(jnp.where(_index(x, 1) == c, x, 0.0), axis=1, keepdims=True)
-
-
-def _turned(x):
-    """[T, 1] float32 as [1, T], and back: exact, and of any T."""
-    T = max(x.shape)
-    square = jnp.broadcast_to(x, (T, T))
-    kept = jnp.where(_index(square, 0) == _index(square, 1), square, 0.0)
-    return jnp.sum(kept, axis=0 if x.shape[1] == 1 else 1, keepdims=True)
-
-
-def _dot(left, right, left_axis, right_axis):
-    """A product of matrices in the narrower dtype of the two, summed in float32."""
-    dtype = left.dtype if left.dtype.itemsize <= right.dtype.itemsize else right.dtype
-    exact = dtype == jnp.float32  # a TPU would round its operands to bfloat16
-    return jax.lax.dot_general(
-        left.astype(dtype),
-        right.astype(dtype),
-        (((left_axis,), (right_axis,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
