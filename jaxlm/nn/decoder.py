@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.kernels.blocked_attention import SAVED
-from jaxlm.nn.attention import attention
+from jaxlm.nn.attention import attention, mix, project
+from jaxlm.nn.cache import Cache, Entries, empty_cache, fits, known, write
+from jaxlm.nn.cached_attention import entries_of, mix_cached, refuse_full, refuse_long
 from jaxlm.nn.config import ModelConfig
-from jaxlm.nn.dense import PRODUCT
+from jaxlm.nn.dense import PRODUCT, dense
 from jaxlm.nn.mlp import mlp
 from jaxlm.nn.norm import NORMS
 from jaxlm.nn.position_kinds import Learned
-from jaxlm.nn.positions import NOWHERE, Encoding, encoding
+from jaxlm.nn.positions import NOWHERE, Encoding, encoding, falloff
 from jaxlm.nn.shapes import decoder_leaves, initialise
 
 Params = Mapping[str, Any]
@@ -85,13 +87,108 @@ class Model:
                 )
         x = _embed(params, tokens, positions, config)
 
-        def layer(x, p, window):
-            return self.constrain(
-                block(p, x, config, encoding=places, segment_ids=segment_ids, window=window), RESIDUAL
+        def layer(x, p, window, _):
+            y = block(p, x, config, encoding=places, segment_ids=segment_ids, window=window)
+            return self.constrain(y, RESIDUAL), None
+
+        x, _ = _scan_layers(layer, self.constrain(x, RESIDUAL), params["blocks"], config, tokens.shape[1])
+        return _norm(params["final_norm"], x, config)
+
+    def prefill(
+        self, params: Params, tokens: jax.Array, lengths: jax.Array | None = None, *, size: int, page: int = 64
+    ) -> tuple[jax.Array, Cache]:
+        """Reads prompts by the attention of training, and keeps what `extend` needs of them.
+
+        Args:
+          params: as in `apply`.
+          tokens: [B, T] int32, prompts from the left, what follows them is not looked at.
+          lengths: [B] int32 in 0 .. T, tokens of each prompt; None: T.
+          size: tokens that a row of the cache can hold, prompt included; rounded up to whole pages.
+          page: tokens of a page (`empty_cache`).
+        Returns: hidden states after the final norm, [B, T, D], meaningless behind each prompt; and the cache.
+        Raises: ValueError if prompts, or learned positions, are too few or too many for the cache.
+
+        >>> model = Model(ModelConfig(vocab_size=11, width=8, num_layers=2, num_heads=2))
+        >>> params, prompts = model.init(jax.random.key(0)), jnp.array([[1, 2, 3], [4, 5, 0]])
+        >>> hidden, cache = model.prefill(params, prompts, jnp.array([3, 2]), size=64)
+        >>> hidden, cache = model.extend(params, jnp.array([[7], [7]]), cache)
+        >>> print(hidden.shape, cache.lengths)
+        (2, 1, 8) [4 3]
+        """
+        config = self.config
+        B, T = tokens.shape
+        if isinstance(config.positions, Learned) and size > config.max_length:
+            raise ValueError(
+                f"a cache of {size} tokens exceeds the {config.max_length} learned positions: make it smaller"
+            )
+        cache = empty_cache(config, B, size, page=page)
+        lengths = _counts(lengths, tokens)
+        if cache.size < T:
+            raise ValueError(
+                f"prompts of {T} tokens do not fit a cache of {cache.size}: give a larger size, or cut them"
             )
 
-        x = _scan_layers(layer, self.constrain(x, RESIDUAL), params["blocks"], config, tokens.shape[1])
-        return _norm(params["final_norm"], x, config)
+        def mixing(p, query, key, value, places, window, _):
+            return mix(p, query, key, value, config, encoding=places, window=window)
+
+        return self._read(params, tokens, cache, lengths, mixing)
+
+    def extend(
+        self, params: Params, tokens: jax.Array, cache: Cache, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Reads T more tokens of every row, each row at its own place; T = 1 is a step of decoding.
+
+        Shapes alone decide the program: `jax.jit(model.extend, donate_argnums=2)` compiles once for all steps and
+        writes T tokens of the cache in place.
+
+        Args:
+          params: as in `apply`.
+          tokens: [B, T] int32, T at most a page.
+          cache: of `prefill`, `extend`, `drop_pages`, `rollback` or `empty_cache`.
+          lengths: [B] int32 in 0 .. T, how many of the tokens are real, from the left (0: the row rests); None: all.
+        Returns: hidden states after the final norm, [B, T, D], and the cache with the tokens in it.  Under jit a row
+          without room for its tokens gets hidden states of NaN and its cache stays as it is.
+        Raises: ValueError for more tokens than a page and, outside of jit, for a row without room.
+        """
+        config = self.config
+        refuse_long(tokens.shape[1], cache)
+        lengths = _counts(lengths, tokens)
+        refuse_full(cache, lengths)
+
+        def mixing(p, query, key, value, places, window, held):
+            keys, values, recent = held
+            layer = cache._replace(keys=keys, values=values, recent=recent)
+            return mix_cached(p, query, key, value, config, layer, window=window)
+
+        hidden, longer = self._read(
+            params, tokens, cache, lengths, mixing, held=(cache.keys, cache.values, cache.recent)
+        )
+        lost = jnp.asarray(jnp.nan, hidden.dtype)
+        return jnp.where(fits(cache, lengths)[:, None, None], hidden, lost), longer
+
+    def _read(self, params, tokens, cache, counts, mixing, held=None):
+        """All layers over new tokens; `mixing` is their attention.  The cache is read in the scan and written after."""
+        config, T = self.config, tokens.shape[1]
+        positions = cache.row_positions(T)
+        # Padding repeats the last real position and is token 0, so that it is finite: weights of 0 do not undo NaN.
+        tokens = jnp.where(jnp.arange(T, dtype=jnp.int32)[None] < counts[:, None], tokens, 0)
+        positions = jnp.minimum(positions, positions[:, :1] + jnp.maximum(counts - 1, 0)[:, None])
+        places = encoding(config, cache.size, positions)
+        x = _embed(params, tokens, positions, config)
+
+        def layer(x, p, window, held):
+            branch = p["attention"]
+            query, key, value = project(branch, _before(p, "attention", x, config), config, encoding=places)
+            mixed = mixing(branch, query, key, value, places, window, held)
+            y = dense(branch["out"], mixed.reshape(*mixed.shape[:2], -1), config.adapter_scale)
+            x = _after(p, "attention", x, y, config)
+            x = _after(p, "mlp", x, mlp(p["mlp"], _before(p, "mlp", x, config), config), config)
+            made = entries_of(key, value, cache, counts, falloff(branch, config).rates)
+            return self.constrain(x, RESIDUAL), made
+
+        x = self.constrain(x, RESIDUAL)
+        x, entries = _scan_layers(layer, x, params["blocks"], config, cache.size, held)
+        return _norm(params["final_norm"], x, config), write(cache, Entries(*entries), counts)
 
     def head(self, params: Params) -> jax.Array:
         """The output projection [D, V], float32: the embedding's transpose when tied; an adapter is added in."""
@@ -139,10 +236,26 @@ def block(
     }
     x = x_BTD
     for name, branch in branches.items():
-        y = _norm(p[f"{name}_norm"], x, config) if config.norm_placement in ("pre", "both") else x
-        y = branch(y)
-        x = x + (_norm(p[f"{name}_post_norm"], y, config) if config.norm_placement in ("post", "both") else y)
+        x = _after(p, name, x, branch(_before(p, name, x, config)), config)
     return x
+
+
+def _before(p: Mapping[str, Any], branch: str, x: jax.Array, config: ModelConfig) -> jax.Array:
+    return _norm(p[f"{branch}_norm"], x, config) if config.norm_placement in ("pre", "both") else x
+
+
+def _after(p: Mapping[str, Any], branch: str, x: jax.Array, y: jax.Array, config: ModelConfig) -> jax.Array:
+    return x + (_norm(p[f"{branch}_post_norm"], y, config) if config.norm_placement in ("post", "both") else y)
+
+
+def _counts(lengths: jax.Array | None, tokens: jax.Array) -> jax.Array:
+    """Real tokens of each row, [B] int32."""
+    B, T = tokens.shape
+    if lengths is None:
+        return jnp.full(B, T, jnp.int32)
+    if (values := known(lengths)) is not None and (values.shape != (B,) or values.min() < 0 or values.max() > T):
+        raise ValueError(f"lengths must be {B} numbers in 0 .. {T}, got {values.tolist()}: they count real tokens")
+    return jnp.asarray(lengths, jnp.int32)
 
 
 def _embed(params: Params, tokens: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:
@@ -159,20 +272,25 @@ def _norm(p: Mapping[str, jax.Array], x: jax.Array, config: ModelConfig) -> jax.
     return NORMS[config.norm](p, x, epsilon=config.norm_epsilon, offset=config.norm_offset)
 
 
-def _scan_layers(layer: Callable, x: jax.Array, blocks: Any, config: ModelConfig, length: int) -> jax.Array:
-    """Runs the stacked layers; windows are static when all layers agree, else they travel as scanned values."""
+def _scan_layers(
+    layer: Callable, x: jax.Array, blocks: Any, config: ModelConfig, length: int, held: Any = None
+) -> tuple[jax.Array, Any]:
+    """Runs `layer(x, p, window, held) -> (x, made)` over the stacked layers; what they made is stacked too.
+
+    Windows are static when all layers agree, else they travel as scanned values.
+    """
     windows = [None if window is None or window >= length else window for window in config.layer_windows]
     alike = len(set(windows)) == 1
     scanned = None if alike else jnp.asarray([length if window is None else window for window in windows], jnp.int32)
 
     def body(x, inputs):
-        p, window = inputs
-        return layer(x, p, windows[0] if alike else window), None
+        p, window, held = inputs
+        return layer(x, p, windows[0] if alike else window, held)
 
     policies = jax.checkpoint_policies
     policy = {"none": _keep_what_is_dear, "dots": policies.dots_with_no_batch_dims_saveable, "full": None}[config.remat]
     body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-    return jax.lax.scan(body, x, (blocks, scanned))[0]
+    return jax.lax.scan(body, x, (blocks, scanned, held))
 
 
 _NAMED = jax.checkpoint_policies.save_only_these_names(PRODUCT, SAVED)

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decoder keeps of the tokens it has read, in pages: written once, never touched again, dropped by the page.
+
+B rows, T new tokens, K key heads, H head width; P pages of C slots, slot s lies in page s // C.  Arrays have a leading
+axis of layers, or none for one layer ("...").  Heads stand before slots, so that products with the cache transpose
+nothing.  `cached_attention` is what reads it.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.position_kinds import Hope, Xpos
+
+
+class Cache(NamedTuple):
+    """Keys and values of every row's tokens; a pytree, all of its shapes fixed, so that one program serves all steps.
+
+    Attributes:
+      keys: [..., B, K, P, C, H], rotated where positions rotate; where channels decay, as they look from the last slot
+        of their own page, so that every factor is <= 1 and depends on the place inside the page only.
+      values: [..., B, K, P, C, H].
+      recent: [..., B, K, 2, C, H], where channels decay: keys without decay of the last 2 C tokens, in a ring by
+        position; the page that is not finished is scored from it.  Else None.
+      lengths: [B] int32, tokens held by each row; the next one goes to this slot.
+      dropped: [B] int32, tokens dropped from each row's front, whole pages; dropped + slot is a token's position.
+      recent_from: [B] int32, the first position that `recent` still has; None where there is none.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    recent: jax.Array | None
+    lengths: jax.Array
+    dropped: jax.Array
+    recent_from: jax.Array | None
+
+    @property
+    def page(self) -> int:
+        """C, tokens of a page."""
+        return self.keys.shape[-2]
+
+    @property
+    def size(self) -> int:
+        """P C, tokens that a row can hold."""
+        return self.keys.shape[-3] * self.keys.shape[-2]
+
+    def row_positions(self, count: int) -> jax.Array:
+        """Positions of the next `count` tokens of each row, [B, count] int32."""
+        return (self.dropped + self.lengths)[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+
+
+class Entries(NamedTuple):
+    """What new tokens leave in the cache.
+
+    Attributes:
+      keys: [..., B, K, T, H], as `Cache.keys` holds them.
+      values: [..., B, K, T, H].
+      recent: [..., B, K, R, H] without decay, the last R = min(T, 2 C) tokens of each row; None where nothing decays.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    recent: jax.Array | None
+
+
+def empty_cache(config: ModelConfig, batch: int, size: int, *, page: int = 64) -> Cache:
+    """A cache of all layers that holds no token.
+
+    Args:
+      config: reads the layers, key heads, head width, `positions` and `dtype`.
+      batch: B.
+      size: tokens that a row can hold, rounded up to whole pages.
+      page: C.  Steps cost the same for any; a smaller one is finer for `drop_pages`, a larger one reaches further back
+        in `rollback`.
+    Raises: ValueError for a size or page below 1, or a size beyond the table of learned positions.
+
+    >>> cache = empty_cache(ModelConfig(vocab_size=11, width=8, num_layers=3, num_heads=2), 2, 100, page=8)
+    >>> print(cache.keys.shape, cache.size, cache.lengths)
+    (3, 2, 2, 13, 8, 4) 104 [0 0]
+    """
+    shape = (config.num_layers, batch, config.kv_heads, config.head_size)
+    return _empty(shape, size, page, jnp.dtype(config.dtype), decays=isinstance(config.positions, Hope | Xpos))
+
+
+def hope_cache(
+    batch: int, size: int, *, num_kv_heads: int, head_width: int, page: int = 64, dtype: jnp.dtype | type = jnp.float32
+) -> Cache:
+    """An empty cache of one layer with decaying channels, for `hope_cache_append` and `hope_decode`.
+
+    Args:
+      batch: B.
+      size: tokens that a row can hold, rounded up to whole pages.
+      num_kv_heads: K; as many as there are query heads where each of those has rates of its own.
+      head_width: H.
+      page: C.
+      dtype: of keys and values; bfloat16 rounds each of them once.
+    """
+    return _empty((batch, num_kv_heads, head_width), size, page, jnp.dtype(dtype), decays=True)
+
+
+def _empty(shape, size, page, dtype, *, decays):
+    *layers, B, K, H = shape
+    for name, value in {"size": size, "page": page}.items():
+        if value < 1:
+            raise ValueError(f"{name} of a cache must be at least 1 token, got {value}")
+    pages = jnp.zeros((*layers, B, K, -(-size // page), page, H), dtype)
+    recent = jnp.zeros((*layers, B, K, 2, page, H), dtype) if decays else None
+    none = jnp.zeros(B, jnp.int32)
+    # Copies: a donated cache may not hold one buffer twice.
+    return Cache(pages, jnp.copy(pages), recent, none, jnp.copy(none), jnp.copy(none) if decays else None)
+
+
+def write(cache: Cache, entries: Entries, counts: jax.Array) -> Cache:
+    """The cache with new tokens behind those it has; each is written at its row's own place, everything else stays.
+
+    Args:
+      cache: of B rows.
+      entries: of T tokens a row.
+      counts: [B] int32 in 0 .. T, how many of them are real.  A row without room for its own stays as it is.
+    """
+    T, C, P = entries.keys.shape[-2], cache.page, cache.keys.shape[-3]
+    counts = jnp.where(fits(cache, counts), counts, 0)
+    token = jnp.arange(T, dtype=jnp.int32)[None]
+    slots = cache.lengths[:, None] + token
+    pages = jnp.where(token < counts[:, None], slots // C, P)  # P lies outside: not written
+    lengths = cache.lengths + counts
+    keys, values = (
+        _put(store, new, pages, slots % C)
+        for store, new in ((cache.keys, entries.keys), (cache.values, entries.values))
+    )
+    recent, recent_from = cache.recent, cache.recent_from
+    if recent is not None and recent_from is not None and entries.recent is not None:
+        kept = entries.recent.shape[-2]
+        first = jnp.maximum(counts - kept, 0)
+        token = first[:, None] + jnp.arange(kept, dtype=jnp.int32)[None]
+        position = (cache.dropped + cache.lengths)[:, None] + token
+        recent = _put(recent, entries.recent, jnp.where(token < counts[:, None], position // C % 2, 2), position % C)
+        recent_from = jnp.maximum(recent_from, cache.dropped + lengths - 2 * C)
+    return Cache(keys, values, recent, lengths, cache.dropped, recent_from)
+
+
+def fits(cache: Cache, counts: jax.Array) -> jax.Array:
+    """[B] bool: whether a row has room for so many more tokens."""
+    return cache.lengths + counts <= cache.size
+
+
+def _put(store, new, pages_BT, places_BT):
+    """Writes [..., B, K, T, H] at [..., B, K, page, place, H]; what lies outside is not written."""
+    rows = jnp.arange(pages_BT.shape[0], dtype=jnp.int32)[:, None]
+    new = jnp.moveaxis(new, (-4, -2), (0, 1)).astype(store.dtype)  # [B, T, ..., K, H], as indexing by arrays gives it
+    return store.at[..., rows, :, pages_BT, places_BT, :].set(new, mode="drop")
+
+
+def drop_pages(cache: Cache, count: int | jax.Array) -> Cache:
+    """Forgets the oldest pages of every row; kept keys are moved, not one bit of them changes, positions go on.
+
+    Tokens that come later get the positions they would have had: it equals attention that no longer sees the dropped
+    ones (what kept tokens once read of them is in their keys and values).
+
+    Args:
+      cache: as `Model.prefill` gives it.
+      count: pages, an int or [B] int32, >= 0.  A row drops no more pages than it has finished.
+    Raises: ValueError for a negative count whose value is known.
+
+    >>> cache = empty_cache(ModelConfig(vocab_size=11, width=8, num_layers=1, num_heads=2), 2, 16, page=4)
+    >>> cache = drop_pages(cache._replace(lengths=jnp.array([11, 3])), 1)
+    >>> print(cache.lengths, cache.dropped)
+    [7 3] [4 0]
+    """
+    if (values := known(count)) is not None and np.any(values < 0):
+        raise ValueError(f"pages to drop must be >= 0, got {values.tolist()}")
+    count = jnp.clip(jnp.asarray(count, jnp.int32), 0, cache.lengths // cache.page)
+    P = cache.keys.shape[-3]
+    rows = jnp.arange(count.shape[0], dtype=jnp.int32)[:, None]
+    source = jnp.minimum(jnp.arange(P, dtype=jnp.int32)[None] + count[:, None], P - 1)
+
+    def moved(pages):  # [B, P, ..., K, C, H], as indexing by arrays gives it
+        return jnp.moveaxis(pages[..., rows, :, source, :, :], (0, 1), (-5, -3))
+
+    tokens = count * cache.page
+    return cache._replace(
+        keys=moved(cache.keys),
+        values=moved(cache.values),
+        lengths=cache.lengths - tokens,
+        dropped=cache.dropped + tokens,
+    )
+
+
+def rollback(cache: Cache, lengths: int | jax.Array) -> Cache:
+    """Forgets the newest tokens of every row, as when drafted ones are refused.
+
+    Any kind of positions can go back to any length; where channels decay, the page that becomes unfinished again must
+    still be in `recent`: one page (C tokens) back always is, and so is every border of pages.
+
+    Args:
+      cache: as `Model.extend` gives it.
+      lengths: an int or [B] int32, >= 0: tokens kept, counted as `cache.lengths` is; shorter rows stay as they are.
+    Returns: a cache whose later tokens overwrite the forgotten ones.  Under jit, a row that goes back too far gets NaN
+      in `recent`, and so in what is read before its page is finished again.
+    Raises: ValueError for a negative length, or going back too far, where the values are known.
+    """
+    if (values := known(lengths)) is not None and np.any(values < 0):
+        raise ValueError(f"lengths to keep must be >= 0, got {values.tolist()}")
+    kept = jnp.minimum(cache.lengths, jnp.maximum(jnp.asarray(lengths, jnp.int32), 0))
+    if cache.recent is None or cache.recent_from is None:
+        return cache._replace(lengths=kept)
+    needed = cache.dropped + kept - kept % cache.page  # the first position of the page that is unfinished again
+    lost = (kept % cache.page > 0) & (needed < cache.recent_from)
+    if (rows := known(lost)) is not None:
+        if rows.any():
+            row = int(np.argmax(rows))
+            raise ValueError(
+                f"row {row} cannot go back from {int(cache.lengths[row])} to {int(kept[row])} tokens: keys without "
+                f"decay are kept of the last {2 * cache.page} only; go back at most {cache.page} tokens, or to a "
+                f"multiple of {cache.page}"
+            )
+        return cache._replace(lengths=kept)
+    recent = jnp.where(lost[:, None, None, None, None], jnp.asarray(jnp.nan, cache.recent.dtype), cache.recent)
+    return cache._replace(lengths=kept, recent=recent)
+
+
+def known(x: int | np.ndarray | jax.Array) -> np.ndarray | None:
+    """The value, or None under jit."""
+    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
