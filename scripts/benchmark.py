@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures: `step`, one training step, ours beside others; `compile`, the seconds to compile it, by depth;
-`isolation`, what isolation adds to a step.
+`isolation`, what isolation adds to a step; `attention`, HoPE beside RoPE by length.
 
   python scripts/benchmark.py step --shape cpu-s --arms ours,plain,torch
   python scripts/benchmark.py step --shape cpu-m --arms ours,plain,torch,tunix --tunix-python PATH/bin/python
   python scripts/benchmark.py step --shape 1b --arms ours      (on an accelerator: reports MFU)
   python scripts/benchmark.py compile --shape cpu-s
   python scripts/benchmark.py isolation --shape cpu-m --steps 12
+  python scripts/benchmark.py attention --lengths 1024,4096,16384 --steps 5
 
 The arms of `step` have the same weights and batches, their logits are matched first, and their runs take turns. Each
 is a process of its own, so that peak memory is its own; an arm whose packages are missing is told as absent.
@@ -24,10 +25,11 @@ from jaxlm.command import Parser, call
 def main() -> int:
     """Reads the arguments, measures, prints a Markdown table."""
     parser = Parser(description=__doc__)
-    parser.add_argument("what", choices=["step", "compile", "isolation"], help="what to measure")
+    parser.add_argument("what", choices=["step", "compile", "isolation", "attention"], help="what to measure")
     parser.add_argument("--shape", choices=list(shapes.SHAPES), default="cpu-s")
     parser.add_argument("--arms", default="ours,plain,torch,tunix", help="in this order; the first is what ratios mean")
     parser.add_argument("--steps", type=int, default=10, help="timed runs of each arm, after two that are not")
+    parser.add_argument("--lengths", default="1024,4096,16384", help="tokens of a row, for attention")
     parser.add_argument("--tunix-python", metavar="PATH", help="python of an environment that has google-tunix")
     parser.add_argument("--json", metavar="PATH", help="write the raw numbers there too")
     arguments = parser.parse_args()
@@ -41,6 +43,11 @@ def main() -> int:
         from arms import isolation
 
         print(isolation.table(arguments.shape, shape, steps=arguments.steps))
+        return 0
+    if arguments.what == "attention":
+        from arms import attention
+
+        print(attention.table(lengths=tuple(map(int, arguments.lengths.split(","))), steps=arguments.steps))
         return 0
     with Arms(arguments.arms.split(","), arguments.shape, tunix_python=arguments.tunix_python) as arms:
         results = measure(arms, num_steps=arguments.steps, tolerance=shape.tolerance)

@@ -19,8 +19,11 @@ from jaxlm.nn.dense import dense
 from jaxlm.nn.hope import check_rates, to_lightcone
 from jaxlm.nn.norm import rms_norm
 from jaxlm.nn.position_kinds import Hope
-from jaxlm.nn.positions import NOWHERE, Encoding, check_positions, falloff, relative_clock, rotate
+from jaxlm.nn.positions import NOWHERE, Encoding, check_positions, encoding, falloff, relative_clock, rotate
 
+TILED_FROM = (
+    1024  # tokens; from there on tiles are twice as fast as blocks of rows on CPU (docs/benchmarks/attention.md)
+)
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "tiled", "pallas")
 
 
@@ -59,9 +62,10 @@ def attend(
       sink: float32 [N], a score of each head that takes weight and gives nothing; None: none.
       clock: [B or 1, L] int32, what distances are measured in, never decreasing; None: indices.
       implementation: "xla" (any device; scores in blocks of rows), "cudnn" (NVIDIA, bf16 or fp16, neither softcap nor
-        slopes nor sink), "tiled" (any device; memory linear in L, rates of any size), "pallas" (TPU, the same in one
-        kernel). "xla" and "cudnn" fold rates into queries and keys, which needs max_rate * (L - 1) <= 80. "auto": the
-        first that can of cudnn and xla, else pallas on a TPU, else tiled.
+        slopes nor sink), "tiled" (any device; memory linear in L, rates of any size), "pallas" (TPU, the same as one
+        kernel; elsewhere interpreted, which is slow; not divided over a mesh by itself). "xla" and "cudnn" fold rates
+        into queries and keys, which needs max_rate * (L - 1) <= 80. "auto": cudnn where it can, xla for rows shorter
+        than `TILED_FROM`, else tiled.
     Returns: [B, L, N, H] in the dtype of the query.
     Raises: ValueError if a forced implementation cannot do it, naming the reason, and for rates that cannot be.
     """
@@ -85,8 +89,8 @@ def attend(
     refusal = None if rates is None else centred_refusal(max_rate, L - 1, query_BLNH.dtype)
     if implementation in ("xla", "cudnn") and refusal:
         raise ValueError(f"attention {implementation!r} cannot fold these rates: {refusal}; use 'auto' or 'tiled'")
-    if implementation == "auto" and refusal:
-        implementation = "pallas" if jax.default_backend() == "tpu" else "tiled"
+    if implementation == "auto" and (refusal or (reason and L >= TILED_FROM)):
+        implementation = "tiled"
     if implementation == "tiled":
         return tiled_attention(query_BLNH, key_BMKH, value_BMKH, rates=rates, **common)
     if implementation == "pallas":
@@ -253,6 +257,23 @@ def mix(
         clock=encoding.clock,
         implementation=config.attention,
     )
+
+
+def place_and_mix(
+    p: Mapping[str, Any],
+    query_BLNH: jax.Array,
+    key_BLKH: jax.Array,
+    value_BLKH: jax.Array,
+    config: ModelConfig,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """A layer's attention between projections: `place` on queries and keys, then `mix`; window: the config's first."""
+    places = encoding(config, query_BLNH.shape[1], positions, segment_ids)
+    query, key = place(query_BLNH, config, places), place(key_BLKH, config, places)
+    window = config.windows[0]
+    return mix(p, query, key, value_BLKH, config, encoding=places, segment_ids=segment_ids, window=window)
 
 
 def hope_attention(

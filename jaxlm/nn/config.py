@@ -5,7 +5,7 @@ One decoder serves every family (Llama, Mistral, Qwen, OLMo 2, Gemma 2, GPT-2); 
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from jaxlm.nn.position_kinds import Hope, Positions, Rope, Xpos
 
@@ -82,6 +82,19 @@ class ModelConfig:
     def layer_windows(self) -> tuple[int | None, ...]:
         """The window of each layer, `num_layers` long."""
         return tuple(self.windows[i % len(self.windows)] for i in range(self.num_layers))
+
+
+def attention_config(width: int, *, num_heads: int, use_bias: bool = False, **fields: Any) -> ModelConfig:
+    """The config of one attention layer, for those who import layers and have no model.
+
+    Args:
+      width: D.
+      num_heads: N.
+      use_bias: whether all four projections have one.
+      fields: further ones of `ModelConfig`; the first of `windows` is the layer's.
+    """
+    shape: dict[str, Any] = {"vocab_size": 1, "num_layers": 1, "width": width, "num_heads": num_heads}
+    return ModelConfig(**(shape | {"attention_bias": use_bias, "attention_out_bias": use_bias} | fields))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

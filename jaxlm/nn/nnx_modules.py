@@ -6,19 +6,20 @@ The pure dict of a module's parameters is what the functions take, so `Model(con
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlm.nn.attention import attention
-from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.attention import attention, place_and_mix
+from jaxlm.nn.config import ModelConfig, attention_config
 from jaxlm.nn.decoder import Model
 from jaxlm.nn.mlp import mlp
 from jaxlm.nn.norm import rms_norm
+from jaxlm.nn.position_kinds import Hope, Positions
 from jaxlm.nn.positions import encoding
-from jaxlm.nn.shapes import attention_leaves, decoder_leaves, initialise, mlp_leaves
+from jaxlm.nn.shapes import attention_leaves, decoder_leaves, initialise, mixing_leaves, mlp_leaves
 
 
 class Group(nnx.Module):
@@ -77,6 +78,67 @@ class Attention(nnx.Module):
         places = encoding(self.config, x.shape[1], positions, segment_ids)
         window = self.config.windows[0]
         return attention(held(self), x, self.config, encoding=places, segment_ids=segment_ids, window=window)
+
+
+class HoPEAttention(Attention):
+    """Attention with hyperbolic rotary positions, projections and all: [B, L, D] to [B, L, D].
+
+    >>> layer = HoPEAttention(32, num_heads=4, num_kv_heads=2, positions=Hope(theta_scale=0.02), rngs=nnx.Rngs(0))
+    >>> print(layer(jnp.ones((1, 7, 32))).shape)
+    (1, 7, 32)
+
+    Args:
+      width: D.
+      num_heads: N.
+      num_kv_heads: K, divides N; None: N.
+      head_width: H, even; None: D / N.
+      positions: the rates, None: `Hope()`; another kind (`Rope()`, `Alibi()`) gives the same layer with that.
+      query_key_norm: "none", "head" (over H) or "full" (over all heads), before the positions.
+      use_bias: whether all four projections have one.
+      rngs: `params` of it makes the parameters.
+      fields: further ones of `ModelConfig`: `attention_sink`, `attention_softcap`, `windows`, `attention`, `dtype`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_width: int | None = None,
+        positions: Positions | None = None,
+        query_key_norm: Literal["none", "head", "full"] = "none",
+        use_bias: bool = False,
+        rngs: nnx.Rngs,
+        **fields: Any,
+    ):
+        fields |= {"num_kv_heads": num_kv_heads, "head_width": head_width, "query_key_norm": query_key_norm}
+        fields["positions"] = Hope() if positions is None else positions
+        super().__init__(attention_config(width, num_heads=num_heads, use_bias=use_bias, **fields), rngs=rngs)
+
+
+class DotProductAttention(nnx.Module):
+    """Positions and attention between one's own projections: q [B, L, N, H], k, v [B, L, K, H] to [B, L, N, H].
+
+    It holds what positions learn (a gap, slopes, a sink), which with most kinds is nothing.  The config is one of
+    `attention_config`, or a model's.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        hold(self, initialise(mixing_leaves(config), rngs.params()))
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        options: dict[str, Any] = {"positions": positions, "segment_ids": segment_ids}
+        return place_and_mix(held(self), query, key, value, self.config, **options)
 
 
 class Decoder(nnx.Module):

@@ -54,20 +54,17 @@ def attention_leaves(config: ModelConfig) -> dict[str, Leaf]:
         full = config.query_key_norm == "full"
         leaves["query_norm/scale"] = Leaf((N * H if full else H,), 0.0, 1.0 - config.norm_offset)
         leaves["key_norm/scale"] = Leaf((K * H if full else H,), 0.0, 1.0 - config.norm_offset)
-    if config.attention_sink:
-        leaves["sink"] = Leaf((N,), 0.0)
-    if isinstance(config.positions, Hope):
-        leaves |= hope_leaves(config.positions, N, K)
-    return leaves
+    return leaves | mixing_leaves(config)
 
 
-def hope_leaves(kind: Hope, num_heads: int, num_kv_heads: int) -> dict[str, Leaf]:
-    """What hyperbolic positions learn in one layer; nothing as published."""
-    leaves = {}
-    if kind.learn_gap != "fixed":
-        leaves["positions/gap"] = Leaf((num_kv_heads,) if kind.learn_gap == "head" else (), 0.0, gap_leaf(kind))
-    if kind.slopes == "learned":  # a softplus away from ALiBi's
-        leaves["positions/slope"] = Leaf((num_heads,), 0.0, np.log(np.expm1(alibi_slopes(num_heads))))
+def mixing_leaves(config: ModelConfig) -> dict[str, Leaf]:
+    """What is learned between the projections of one layer: a sink, a gap, slopes, where configured."""
+    kind = config.positions
+    leaves = {"sink": Leaf((config.num_heads,), 0.0)} if config.attention_sink else {}
+    if isinstance(kind, Hope) and kind.learn_gap != "fixed":
+        leaves["positions/gap"] = Leaf((config.kv_heads,) if kind.learn_gap == "head" else (), 0.0, gap_leaf(kind))
+    if isinstance(kind, Hope) and kind.slopes == "learned":  # a softplus away from ALiBi's
+        leaves["positions/slope"] = Leaf((config.num_heads,), 0.0, np.log(np.expm1(alibi_slopes(config.num_heads))))
     return leaves
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlm.kernels.blocked_attention import blocked_attention
-from jaxlm.nn.attention import attend, visible
+from jaxlm.nn.attention import TILED_FROM, attend, visible
 
 B, L, N, K, H = 2, 11, 4, 2, 8
 SEGMENTS = np.array([[1] * 4 + [2] * 5 + [0] * 2, [0] * 3 + [1] * 8], np.int32)  # padded on the right, and on the left
@@ -123,6 +123,14 @@ def test_softmax_is_in_float32_under_bfloat16():
     out = attend(q, k, v)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float32), loops(q, k, v), atol=0.02)
+
+
+def test_long_rows_are_tiled_and_short_ones_are_not():
+    for length in (TILED_FROM - 1, TILED_FROM):
+        q, k, v = (jax.random.normal(key, (1, length, 1, 8)) for key in jax.random.split(jax.random.key(0), 3))
+        tiled = attend(q, k, v, implementation="tiled")
+        assert jnp.array_equal(attend(q, k, v), tiled) == (length == TILED_FROM)
+        np.testing.assert_allclose(attend(q, k, v), tiled, atol=1e-6)
 
 
 def test_large_scores_stay_finite():

@@ -13,6 +13,7 @@ from flax import nnx
 
 from jaxlm import nn as layers
 from jaxlm.nn.attention import attention
+from jaxlm.nn.dense import dense
 from jaxlm.nn.mlp import mlp
 from jaxlm.nn.norm import rms_norm
 from jaxlm.nn.positions import encoding
@@ -84,3 +85,40 @@ def test_a_decoder_needs_either_keys_or_parameters():
 def test_a_config_is_imported_without_jax():
     code = "import sys; from jaxlm.nn import Lora, ModelConfig; assert not {'jax', 'flax', 'optax'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_hope_attention_is_the_function_in_nnx_and_in_linen():
+    kind = layers.Hope(theta_scale=0.05, damping="per_pair", learn_gap="head", slopes="learned")
+    options = {"num_heads": 4, "num_kv_heads": 2, "positions": kind, "query_key_norm": "head", "use_bias": True}
+    module = layers.HoPEAttention(16, **options, attention_sink=True, rngs=nnx.Rngs(0))
+    x, segments = jnp.asarray(X), jnp.asarray(SEGMENTS)
+    config = module.config
+    out = attention(pure(module), x, config, encoding=encoding(config, 6, None, segments), segment_ids=segments)
+    assert jnp.array_equal(module(x, segment_ids=segments), out)
+    linen = layers.LinenHoPEAttention(16, **options, fields={"attention_sink": True})
+    variables = linen.init(jax.random.key(0), x)
+    assert list(variables) == ["params"] and shapes(variables["params"]) == shapes(pure(module))
+    assert jnp.array_equal(linen.apply({"params": pure(module)}, x, segment_ids=segments), out)
+
+
+def test_hope_attention_crosses_the_bridge_to_linen():
+    bridged = nnx.bridge.to_linen(layers.HoPEAttention, 16, num_heads=2, positions=layers.Hope())
+    x = jnp.asarray(X)
+    variables = bridged.init(jax.random.key(0), x)
+    native = layers.LinenHoPEAttention(16, num_heads=2)
+    ours = {name: dict(value) for name, value in variables["params"].items()}
+    assert set(variables) == {"params"}
+    assert jnp.array_equal(bridged.apply(variables, x), native.apply({"params": ours}, x))
+
+
+@pytest.mark.parametrize("kind", [layers.Rope(), layers.Alibi(), layers.Hope(learn_gap="layer"), layers.Xpos()])
+def test_attention_between_projections_is_the_middle_of_the_whole_layer(kind):
+    config = layers.attention_config(16, num_heads=4, num_kv_heads=2, positions=kind)
+    whole, middle = layers.Attention(config, rngs=nnx.Rngs(0)), layers.DotProductAttention(config, rngs=nnx.Rngs(0))
+    p, x = pure(whole), jnp.asarray(X)
+    heads = {"query": 4, "key": 2, "value": 2}
+    q, k, v = (dense(p[name], x, 1.0).reshape(2, 6, count, 4) for name, count in heads.items())
+    out = dense(p["out"], middle(q, k, v).reshape(2, 6, 16), 1.0)
+    assert jnp.array_equal(out, whole(x))
+    linen = layers.LinenDotProductAttention(config)
+    assert jnp.array_equal(linen.apply(linen.init(jax.random.key(0), q, k, v), q, k, v), middle(q, k, v))
