@@ -11,10 +11,11 @@ import dataclasses
 import io
 import json
 import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.config import ALONE, Comparison, Pretrained, RunConfig, diff, read_config, write_config
+from jaxlm.config import ALONE, Comparison, LengthComparison, Pretrained, RunConfig, diff, read_config, write_config
 from jaxlm.run import load_model, load_tokenizer, make_job, open_data, run, score_after, total_steps
 from jaxlm.train.continual import continual_metrics
 from jaxlm.train.held_out import Items, score_items
@@ -36,6 +37,15 @@ class Trained(NamedTuple):
     seconds: float
 
 
+class Trial(NamedTuple):
+    """One training run of a comparison; `chosen`: at the arm's best rate, so that it is one of those reported."""
+
+    arm: str
+    rate: float
+    seed: int
+    chosen: bool
+
+
 def compare(comparison: Comparison, *, part: tuple[int, int] = (0, 1)) -> None:
     """Trains whatever is not finished yet.
 
@@ -44,12 +54,28 @@ def compare(comparison: Comparison, *, part: tuple[int, int] = (0, 1)) -> None:
     """
     shared = _Shared(comparison)
     arms = list(comparison.methods())[part[0] :: part[1]]
+    for trial in trials(comparison, arms, best=lambda arm: best_rate(comparison, arm)):
+        shared.train(trial.arm, trial.rate, trial.seed)
+
+
+def trials(
+    comparison: Comparison | LengthComparison, arms: Sequence[str], *, best: Callable[[str], float]
+) -> Iterator[Trial]:
+    """What to train, in this order; some come twice: at first to choose a rate, then as chosen.
+
+    Every arm at each of its rates with the first seed, and the best of them again; then seed after seed every arm at
+    its best, so that what is there early compares all arms.
+
+    Args:
+      best: the rate to keep of an arm whose rates have been trained; called when they have.
+    """
     for arm in arms:
         for rate in comparison.rates(arm):
-            shared.train(arm, rate, comparison.seeds[0])
-        best = best_rate(comparison, arm)
-        for seed in comparison.seeds[1:]:
-            shared.train(arm, best, seed)
+            yield Trial(arm, rate, comparison.seeds[0], chosen=False)
+        yield Trial(arm, best(arm), comparison.seeds[0], chosen=True)
+    for seed in comparison.seeds[1:]:
+        for arm in arms:
+            yield Trial(arm, best(arm), seed, chosen=True)
 
 
 def best_rate(comparison: Comparison, arm: str) -> float:
@@ -75,7 +101,7 @@ def read_trained(comparison: Comparison, arm: str, rate: float, seed: int) -> Tr
     return Trained(arm, rate, seed, Scores.read(directory), **result)
 
 
-def run_directory(comparison: Comparison, arm: str, rate: float, seed: int) -> Path:
+def run_directory(comparison: Comparison | LengthComparison, arm: str, rate: float, seed: int) -> Path:
     """Where one training run is."""
     return comparison.directory / "runs" / arm / f"{rate:.3g}-{seed}"
 
@@ -109,12 +135,8 @@ class _Shared:
             options, seed=seed, steps=steps, directory=str(directory) if options.save_every else ""
         )
         config = dataclasses.replace(self.config, method=method, run=options)
-        if not _is_new(directory, config):
+        if not begin(directory, config):
             return
-        if not options.save_every:  # runs so short that a killed one begins anew
-            shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_config(directory, config)
         total = total_steps(method, steps, len(self.comparison.trained))
         said = io.StringIO()  # a line for each run is enough
         reporter = RunReporter(directory, total, stream=said)
@@ -130,29 +152,14 @@ class _Shared:
         trained = method.run(job)
         score_after(job, trained, steps=total)
         reporter.close()
-        self.finish(directory, scores, arm, rate, seed)
-
-    def finish(self, directory: Path, scores: Scores, arm: str, rate: float, seed: int) -> None:
-        """Writes what the run cost, which marks it as finished, and says how it ended."""
-        lines = read_metrics(directory)
-        stages = [line for line in lines if line.get("name") == "stage"]
-        result = {
-            "trained_tokens": sum(stage["trained_tokens"] for stage in stages),
-            "tokens": sum(stage["tokens"] for stage in stages),
-            "seconds": lines[-1]["time"] - lines[0]["time"],
-        }
-        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-        shutil.rmtree(directory / "kept", ignore_errors=True)
-        part = directory / "result.json.part"
-        part.write_text(json.dumps(result) + "\n")
-        part.replace(directory / "result.json")
+        result = finish(directory)
         numbers = continual_metrics(scores.matrix("accuracy"))
         told = ", ".join(f"{name} {numbers[name]:.3f}" for name in ("final", "backward_transfer", "base_drop"))
         print(f"{arm} at {rate:g}, seed {seed}: {told}; {result['seconds']:.0f} s", flush=True)
 
 
-def _is_new(directory: Path, config: RunConfig) -> bool:
-    """Whether a run is still to be finished.
+def begin(directory: Path, config: RunConfig) -> bool:
+    """Makes the directory of a training run ready; False if it holds the finished run already.
 
     Raises: ValueError if the directory holds a run of another config: arms of one table share everything else.
     """
@@ -164,7 +171,31 @@ def _is_new(directory: Path, config: RunConfig) -> bool:
                 f"{directory} was trained with {name} {before!r}, the comparison now says {now!r}: set "
                 "run.run.directory to another one, or remove those runs"
             )
-    return not (directory / "result.json").is_file()
+    if (directory / "result.json").is_file():
+        return False
+    if not config.run.save_every:  # runs so short that a killed one begins anew
+        shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_config(directory, config)
+    return True
+
+
+def finish(directory: Path, **found: float) -> dict[str, float]:
+    """Writes what a run cost, and what it found, to `result.json`, which marks it as finished."""
+    lines = read_metrics(directory)
+    stages = [line for line in lines if line.get("name") == "stage"]
+    result = {
+        "trained_tokens": sum(stage["trained_tokens"] for stage in stages),
+        "tokens": sum(stage["tokens"] for stage in stages),
+        "seconds": lines[-1]["time"] - lines[0]["time"],
+        **found,
+    }
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    shutil.rmtree(directory / "kept", ignore_errors=True)
+    part = directory / "result.json.part"
+    part.write_text(json.dumps(result) + "\n")
+    part.replace(directory / "result.json")
+    return result
 
 
 def at_rate(method: Any, rate: float) -> Any:

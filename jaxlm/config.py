@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxlm.data.config import DataConfig
+from jaxlm.data.config import DataConfig, Source
 from jaxlm.nn.config import ModelConfig
-from jaxlm.nn.position_kinds import Positions
+from jaxlm.nn.position_kinds import Positions, Rope
 from jaxlm.overrides import field_types, override
 from jaxlm.train.options import MeshOptions, RunOptions
 
@@ -115,15 +115,10 @@ class Comparison:
     joint: str = ""
 
     def __post_init__(self):
-        if len(self.learning_rates) < 3:
-            raise ValueError(f"give at least three learning rates to choose from, got {self.learning_rates}")
-        if len(self.seeds) < 2:
-            raise ValueError(f"give at least two seeds, got {self.seeds}: with one, intervals cover items only")
+        _check_trials(self.learning_rates, self.seeds, self.run)
         named = {self.plain, *self.controls, *self.controls.values(), *self.scale} | ({self.joint} - {""})
         if unknown := sorted(named - set(self.arms)):
             raise ValueError(f"no arm {unknown}; there are {', '.join(self.arms)}")
-        if not self.run.run.directory:
-            raise ValueError("a comparison needs a directory: set run.directory")
 
     @property
     def directory(self) -> Path:
@@ -144,6 +139,82 @@ class Comparison:
         return [rate * self.scale.get(arm, 1.0) for rate in self.learning_rates]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LengthComparison:
+    """Arms that differ in their model: trained on rows of one length, tested on longer ones.
+
+    Every arm is trained once at each learning rate with the first seed; the rate with the lowest held-out loss at the
+    training length is kept, and all seeds are trained at it. They are tested on another text.
+
+    Attributes:
+      run: what the arms share: data, steps, batch, mesh. Its `data.length` is the training length, its test sources are
+        what rates are chosen on, its `run.directory` is the comparison's, and its model is the plain arm's.
+      arms: name -> model.
+      yarn: name -> the arm whose trained weights it uses, its rotation scaled by YaRN to each test length.
+      learning_rates: at least three, so that the best can lie inside.
+      seeds: of parameters and data order; at least two.
+      plain: the arm that the others are compared with.
+      text: what is tested on.
+      lengths: tokens of the windows, from the training length upwards.
+      tokens: of the text that are predicted, the same ones at every length, which must divide it.
+      tail: the last predictions of each window, which are also scored alone: they have all of its past.
+      looked_at: the length at which attention is looked at.
+    """
+
+    run: RunConfig
+    arms: Mapping[str, ModelConfig]
+    yarn: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    plain: str
+    text: Source
+    lengths: tuple[int, ...]
+    tokens: int
+    tail: int = 128
+    looked_at: int = 4096
+
+    def __post_init__(self):
+        _check_trials(self.learning_rates, self.seeds, self.run)
+        if unknown := sorted({self.plain, *self.yarn.values()} - set(self.arms)):
+            raise ValueError(f"no arm {unknown}; there are {', '.join(self.arms)}")
+        for name, base in self.yarn.items():
+            if not isinstance(self.arms[base].positions, Rope):
+                raise ValueError(f"{name!r} scales the rotation of Rope, arm {base!r} has {self.arms[base].positions}")
+        if self.lengths[:1] != (self.run.data.length,) or sorted(set(self.lengths)) != list(self.lengths):
+            raise ValueError(f"lengths grow from the training length {self.run.data.length}, got {self.lengths}")
+        if wrong := [length for length in (*self.lengths, self.looked_at) if self.tokens % length]:
+            raise ValueError(f"tokens {self.tokens} must be a multiple of every length, not so of {wrong}")
+        if not 0 < self.tail <= self.lengths[0]:
+            raise ValueError(f"tail must be in [1, {self.lengths[0]}], the shortest window, got {self.tail}")
+
+    @property
+    def directory(self) -> Path:
+        """Where it lives."""
+        return Path(self.run.run.directory)
+
+    @property
+    def tested(self) -> tuple[str, ...]:
+        """All arms in the order of the tables: those that are only tested come after those whose weights they use."""
+        order = []
+        for name in self.arms:
+            order += [name, *(other for other, base in self.yarn.items() if base == name)]
+        return tuple(order)
+
+    def rates(self, arm: str) -> list[float]:
+        """The learning rates that an arm chooses from."""
+        return list(self.learning_rates)
+
+
+def _check_trials(rates: tuple[float, ...], seeds: tuple[int, ...], run: RunConfig) -> None:
+    """Raises ValueError where nothing could be chosen or no noise be seen, or there is no place for it."""
+    if len(rates) < 3:
+        raise ValueError(f"give at least three learning rates to choose from, got {rates}")
+    if len(seeds) < 2:
+        raise ValueError(f"give at least two seeds, got {seeds}: with one, intervals cover items only")
+    if not run.run.directory:
+        raise ValueError("a comparison needs a directory: set run.directory")
+
+
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """The config that a config file returns, or that a run directory stored, with overrides such as `run.steps=200`.
 
@@ -154,36 +225,37 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     return override(config, overrides)
 
 
-def load_comparison(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
+def load_comparison(path: str | Path, overrides: Iterable[str] = ()) -> Comparison | LengthComparison:
     """The comparison that a config file returns, with overrides such as `run.run.steps=200`.
 
     Raises: as `load_config`.
     """
-    return override(_run_file(Path(path), Comparison), overrides)
+    return override(_run_file(Path(path), Comparison, LengthComparison), overrides)
 
 
-def _run_file(path: Path, kind: type) -> Any:
-    function = {RunConfig: "get_config", Comparison: "get_comparison"}[kind]
+def _run_file(path: Path, *kinds: type) -> Any:
+    function = {RunConfig: "get_config", Comparison: "get_comparison"}[kinds[0]]
+    wanted = " or ".join(kind.__name__ for kind in kinds)
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise ValueError(f"there is no config file {path}" + (f"; {path.parent} has {', '.join(near)}" if near else ""))
     name = f"jaxlm_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if path.suffix != ".py" or spec is None or spec.loader is None:
-        raise ValueError(f"a config file is Python, with a function {function}() -> {kind.__name__}; got {path}")
+        raise ValueError(f"a config file is Python, with a function {function}() -> {wanted}; got {path}")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, function):
-            raise ValueError(f"{path} has no function {function}() -> {kind.__name__}")
+            raise ValueError(f"{path} has no function {function}() -> {wanted}")
         config = getattr(module, function)()
     except SyntaxError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from error
     except (TypeError, NameError, AttributeError) as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
         raise ValueError(f"{path}, line {lines[-1] if lines else '?'}: {error}") from error
-    if not isinstance(config, kind):
-        raise ValueError(f"{function}() of {path} must return a {kind.__name__}, got {type(config).__name__}")
+    if not isinstance(config, kinds):
+        raise ValueError(f"{function}() of {path} must return a {wanted}, got {type(config).__name__}")
     return config
 
 

@@ -5,8 +5,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import Comparison, Pretrained, RunConfig
-from jaxlm.data.config import DataConfig, Procedural, Rows, Source, Task
+from jaxlm.config import Comparison, LengthComparison, Pretrained, RunConfig
+from jaxlm.data.config import DataConfig, LongText, Procedural, Rows, Source, Task
 from jaxlm.nn.config import ModelConfig
 from jaxlm.train.options import MeshOptions
 
@@ -70,6 +70,34 @@ def shrink_comparison(comparison: Comparison, directory: str | Path) -> Comparis
     )
 
 
+def shrink_length_comparison(comparison: LengthComparison, directory: str | Path) -> LengthComparison:
+    """The plain arm and one of other positions on a tiny model, 16 and 32 tokens: one rate three times over, two seeds.
+
+    Other kinds would show nothing more, and each arm compiles a handful of programs.
+    """
+    run = shrink(comparison.run)
+    run = dataclasses.replace(
+        run,
+        data=dataclasses.replace(run.data, length=16, on_long="split"),
+        run=dataclasses.replace(run.run, directory=str(directory)),
+    )
+    plain = type(comparison.arms[comparison.plain].positions)
+    others = [name for name, model in comparison.arms.items() if not isinstance(model.positions, plain)]
+    kept = {comparison.plain, *others[:1], *comparison.yarn.values()}
+    return dataclasses.replace(
+        comparison,
+        run=run,
+        arms={name: _model(model) for name, model in comparison.arms.items() if name in kept},
+        learning_rates=comparison.learning_rates[:1] * 3,
+        seeds=comparison.seeds[:2],
+        text=_source(comparison.text, first=2000, count=8),
+        lengths=(16, 32),
+        tokens=128,
+        tail=8,
+        looked_at=32,
+    )
+
+
 def _model(model: ModelConfig | Pretrained) -> ModelConfig:
     if isinstance(model, Pretrained):
         return ModelConfig(vocab_size=VOCABULARY, width=16, num_layers=2, num_heads=2, mlp_width=32)
@@ -103,5 +131,7 @@ def _source(source: Source, *, first: int, count: int) -> Source:
     """A few records: of the same generator where it is built in, else sums."""
     if isinstance(source, Procedural):
         return dataclasses.replace(source, size=min(source.size, count))
+    if isinstance(source, LongText):  # the documentation in every Python, a few hundred characters of it
+        return LongText(begin=source.begin, end=source.begin + 0.001)
     numbers = range(first, first + count)
     return Rows(records=tuple({"prompt": f"{n} + 1 = ", "completion": str(n + 1)} for n in numbers))

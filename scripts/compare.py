@@ -3,14 +3,18 @@
 
   python scripts/compare.py configs/compare_isolation.py
   python scripts/compare.py configs/compare_isolation.py --part 1/2     (beside another process with --part 2/2)
+  python scripts/compare.py configs/compare_positions.py --report       (what is there so far)
 
 A part trains its share of the arms and reports nothing; the command without one finishes and reports.
 """
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from jaxlm.command import Parser, call
-from jaxlm.config import load_comparison
+from jaxlm.config import Comparison, LengthComparison, load_comparison
 
 
 def main() -> int:
@@ -25,21 +29,40 @@ def main() -> int:
     number, _, total = arguments.part.partition("/")
     if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
         raise ValueError(f"--part is I/N with 1 <= I <= N, got {arguments.part!r}")
+    train, report = _parts_of(comparison)
+    if not arguments.report:
+        train(comparison, part=(int(number) - 1, int(total)))
+    if int(total) > 1:
+        return 0
+    text, page = report(comparison)
+    (comparison.directory / "table.md").write_text(text + "\n")
+    print(text)
+    print(f"pictures: {page}", file=sys.stderr)
+    return 0
+
+
+def _parts_of(comparison: Any) -> tuple[Callable[..., None], Callable[[Any], tuple[str, Path]]]:
+    """What trains a comparison of its kind, and what makes its table and its page."""
     # Late, because they import jax, and --help must not.
+    if isinstance(comparison, LengthComparison):
+        from jaxlm.comparison_lengths import compare_lengths
+        from jaxlm.comparison_lengths_page import write_length_comparison
+        from jaxlm.comparison_lengths_report import length_findings, length_table
+
+        def report_lengths(comparison: LengthComparison) -> tuple[str, Path]:
+            found = length_findings(comparison)
+            return length_table(comparison, found), write_length_comparison(comparison, found)
+
+        return compare_lengths, report_lengths
     from jaxlm.comparison import compare
     from jaxlm.comparison_page import write_comparison
     from jaxlm.comparison_report import findings, table
 
-    if not arguments.report:
-        compare(comparison, part=(int(number) - 1, int(total)))
-    if int(total) > 1:
-        return 0
-    arms = findings(comparison)
-    text = table(comparison, arms)
-    (comparison.directory / "table.md").write_text(text + "\n")
-    print(text)
-    print(f"pictures: {write_comparison(comparison, arms)}", file=sys.stderr)
-    return 0
+    def report(comparison: Comparison) -> tuple[str, Path]:
+        arms = findings(comparison)
+        return table(comparison, arms), write_comparison(comparison, arms)
+
+    return compare, report
 
 
 if __name__ == "__main__":

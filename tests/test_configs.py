@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 from jaxlm.comparison import compare
+from jaxlm.comparison_lengths import compare_lengths
+from jaxlm.comparison_lengths_page import write_length_comparison
+from jaxlm.comparison_lengths_report import length_findings, length_table
 from jaxlm.comparison_page import write_comparison
 from jaxlm.comparison_report import findings, table
-from jaxlm.config import load_comparison, load_config, read_config
+from jaxlm.config import Comparison, LengthComparison, load_comparison, load_config, read_config
 from jaxlm.evaluation import evaluate_run
 from jaxlm.run import run, total_steps
-from jaxlm.shrink import shrink, shrink_comparison
+from jaxlm.shrink import shrink, shrink_comparison, shrink_length_comparison
 from jaxlm.train.reporter import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,10 +51,13 @@ def test_every_config_takes_two_steps(name, tmp_path):
         assert again == pytest.approx(dict(result.after), rel=1e-5), "the exported model is the trained one"
 
 
-@pytest.mark.parametrize("name", COMPARISONS)
+LOADED = {name: load_comparison(ROOT / "configs" / f"{name}.py") for name in COMPARISONS}
+
+
+@pytest.mark.parametrize("name", [name for name in COMPARISONS if isinstance(LOADED[name], Comparison)])
 def test_every_comparison_trains_its_arms_and_reports(name, tmp_path, quick_compiles):
     """Two updates a task, two seeds; what is finished is not trained again."""
-    comparison = shrink_comparison(load_comparison(ROOT / "configs" / f"{name}.py"), tmp_path / name)
+    comparison = shrink_comparison(LOADED[name], tmp_path / name)
     compare(comparison)
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / name).rglob("result.json")}
     compare(comparison)
@@ -64,3 +70,20 @@ def test_every_comparison_trains_its_arms_and_reports(name, tmp_path, quick_comp
     assert all(f"| {arm} |" in told for arm in comparison.arms)
     page = write_comparison(comparison, arms).read_text()
     assert all(arm in page for arm in comparison.arms) and "nan" not in page
+
+
+@pytest.mark.parametrize("name", [name for name in COMPARISONS if isinstance(LOADED[name], LengthComparison)])
+def test_every_comparison_over_lengths_trains_tests_and_reports(name, tmp_path, quick_compiles):
+    """Two updates, two seeds, two lengths; what is finished is neither trained nor tested again."""
+    comparison = shrink_length_comparison(LOADED[name], tmp_path / name)
+    compare_lengths(comparison)
+    kept = [path for pattern in ("result.json", "[0-9].npz") for path in (tmp_path / name).rglob(pattern)]
+    done = {path: path.stat().st_mtime_ns for path in kept}
+    compare_lengths(comparison)
+    assert len(done) == 2 * (len(comparison.arms) + len(comparison.tested)), "a run and a test for each seed"
+    assert done == {path: path.stat().st_mtime_ns for path in kept}
+    arms = length_findings(comparison, resamples=50)
+    told = length_table(comparison, arms)
+    assert all(f"| {arm} |" in told for arm in comparison.tested) and "Not finished" not in told
+    page = write_length_comparison(comparison, arms).read_text()
+    assert all(arm in page for arm in comparison.tested) and "nan" not in page

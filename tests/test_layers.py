@@ -17,8 +17,9 @@ ROWS = (
     ("config",),
     ("run", "shrink"),
     ("evaluation", "comparison"),
-    ("comparison_report",),
-    ("comparison_page",),
+    ("comparison_report", "comparison_lengths"),
+    ("comparison_page", "comparison_lengths_report"),
+    ("comparison_lengths_page",),
 )
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 FLAX = {"nn", "checkpoints"}

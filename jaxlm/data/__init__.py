@@ -13,6 +13,7 @@ __getattr__, __dir__ = attach(
         "GENERATORS": "procedural",
         "Hub": "config",
         "JsonLines": "config",
+        "LongText": "config",
         "Parquet": "config",
         "Prepared": "prepared",
         "Procedural": "config",
@@ -27,5 +28,7 @@ __getattr__, __dir__ = attach(
         "open_prepared": "prepared",
         "prepare": "preparation",
         "score": "procedural",
+        "text_tokens": "windows",
+        "windows_of": "windows",
     },
 )

@@ -67,7 +67,20 @@ class Rows:
     records: tuple[Mapping[str, Any], ...]
 
 
-Source = JsonLines | Parquet | Hub | Procedural | ReasoningGym | Rows
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongText:
+    """A part of one long text as a single record; `DataConfig.on_long="split"` cuts it into rows."""
+
+    path: str = ""  # UTF-8 text, or .json and .jsonl with a field "text"; "": the documentation in every Python
+    begin: float = 0.0  # share of the characters before the part, [0, 1)
+    end: float = 1.0  # share up to its end, (begin, 1]
+
+    def __post_init__(self):
+        if not 0 <= self.begin < self.end <= 1:
+            raise ValueError(f"a part of a text lies in 0 <= begin < end <= 1, got {self.begin} to {self.end}")
+
+
+Source = JsonLines | Parquet | Hub | Procedural | ReasoningGym | Rows | LongText
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,15 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import pathlib
+import pydoc_data.topics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyarrow.parquet
 
 from jaxlm.data import procedural
-from jaxlm.data.config import Hub, JsonLines, Parquet, Procedural, ReasoningGym, Rows, Source
+from jaxlm.data.config import Hub, JsonLines, LongText, Parquet, Procedural, ReasoningGym, Rows, Source
 from jaxlm.data.records import BadRecord, Place
 
 Numbered = Iterator[tuple[int, Any]]  # (index in the source, record); a BadRecord stands for one that cannot be read
@@ -152,6 +154,30 @@ def _rows(source: Rows) -> Reader:
     )
 
 
+def _long_text(source: LongText) -> Reader:
+    whole, name = _whole_text(source.path), source.path or "Python's documentation"
+    part = whole[round(source.begin * len(whole)) : round(source.end * len(whole))]
+    content = hashlib.sha256(part.encode()).hexdigest()
+    return Reader(
+        {"kind": "LongText", "content": content},
+        lambda: iter([(0, {"text": part})]),
+        [Place(0, f"{name}, {source.begin:g} to {source.end:g}", "part")],
+    )
+
+
+def _whole_text(path: str) -> str:
+    """The text of a file, or of the topics that `help()` knows, which differ a little from one Python to the next."""
+    if not path:
+        return "\n\n".join(pydoc_data.topics.topics.values())
+    if not path.endswith((".json", ".jsonl")):
+        return "\n\n".join(pathlib.Path(file).read_text(encoding="utf-8") for file in _files(path))
+    found = [record for _, record in _json_lines(JsonLines(path=path)).records()]
+    for record in found:
+        if not (isinstance(record, Mapping) and isinstance(record.get("text"), str)):
+            raise ValueError(f"{path}: every line must be an object with a text under 'text', got {str(record)[:80]!r}")
+    return "\n\n".join(record["text"] for record in found)
+
+
 _READERS: Mapping[type, Callable[[Any], Reader]] = {
     JsonLines: _json_lines,
     Parquet: _parquet,
@@ -159,6 +185,7 @@ _READERS: Mapping[type, Callable[[Any], Reader]] = {
     Procedural: _procedural,
     ReasoningGym: _reasoning_gym,
     Rows: _rows,
+    LongText: _long_text,
 }
 
 

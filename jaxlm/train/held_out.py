@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out scores under teacher forcing: every record's, and the metrics they come to.
+"""Held-out scores under teacher forcing: every record's or every token's, and the metrics they come to.
 
-B rows, T tokens, S segments of a row, Q records.
+B rows, T tokens, S segments of a row, Q records; W windows of L tokens.
 """
 
 import functools
@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.kernels.cross_entropy import weighted_nll
 from jaxlm.losses.next_token import score_tokens, target_weights
 from jaxlm.nn.decoder import Model
-from jaxlm.train.mesh import replicated, rows
+from jaxlm.train.mesh import replicated, row_devices, rows
 from jaxlm.train.phase import Batch, Params
 
 
@@ -105,6 +106,55 @@ def item_metrics(items: Items, task_names: Sequence[str]) -> dict[str, float]:
             metrics[f"perplexity/{name}"] = float(np.exp(loss))
             metrics[f"exact_match/{name}"] = float(np.mean(items.correct[mine] == items.tokens[mine]))
     return metrics
+
+
+def score_windows(
+    model: Model,
+    params: Params,
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    tokens_at_once: int = 4096,
+) -> np.ndarray:
+    """-log p(target | inputs of the window up to it), nats, [W, L] float32.
+
+        perplexity = exp(mean of all);  of the last t predictions of each window: exp(mean of [:, -t:])
+
+    Args:
+      model, params: any sharding.
+      inputs, targets: int32 [W, L], of `jaxlm.data.windows_of`, whole on every process.
+      mesh: of the devices; None: the default device.
+      tokens_at_once: of a batch, at least one window a device.
+    """
+    W, L = inputs.shape
+    num_devices = 1 if mesh is None else row_devices(mesh)
+    size = max(num_devices, min(W, tokens_at_once // L) // num_devices * num_devices)
+    place = (lambda x: x) if mesh is None else functools.partial(jax.device_put, device=rows(mesh))
+    found = []
+    for start in range(0, W, size):
+        pair = [x[start : start + size] for x in (inputs, targets)]
+        pair = [np.pad(x, ((0, size - len(x)), (0, 0)), mode="edge") for x in pair]
+        found.append(np.asarray(_score_windows(model, mesh, params, *map(place, pair))))
+    return np.concatenate(found)[:W]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score_windows(
+    model: Model, mesh: jax.sharding.Mesh | None, params: Params, inputs_BT: jax.Array, targets_BT: jax.Array
+) -> jax.Array:
+    """[B, T] float32, whole on every device."""
+    hidden_BTD = model.apply(params, inputs_BT)
+    scores = weighted_nll(
+        hidden_BTD,
+        model.head(params),
+        targets_BT,
+        jnp.ones(targets_BT.shape),
+        softcap=model.config.logit_softcap,
+        groups=model.row_groups,
+    )
+    nll_BT = -scores.log_probs_BT
+    return nll_BT if mesh is None else jax.lax.with_sharding_constraint(nll_BT, replicated(mesh))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxlm.nn import Model, ModelConfig
-from jaxlm.train.held_out import evaluate, score_items
+from jaxlm.train.held_out import evaluate, score_items, score_windows
 from jaxlm.train.loop import train
 from jaxlm.train.mesh import make_mesh
 from jaxlm.train.options import MeshOptions, RunOptions
@@ -186,3 +186,16 @@ def test_nothing_to_evaluate_is_an_error(model, params, rows):
         evaluate(model, params, cut(silent, 8), TASKS)
     with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate(model, params, [], TASKS)
+
+
+def test_windows_are_scored_token_by_token_however_they_are_batched(model, params):
+    text = np.random.default_rng(1).integers(0, VOCAB, 61, dtype=np.int32)
+    inputs, targets = text[:60].reshape(5, 12), text[1:].reshape(5, 12)
+    positions = np.broadcast_to(np.arange(12), inputs.shape)
+    logits = np.asarray(_logits(model, params, inputs, positions, np.ones_like(inputs)), np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    wanted = -np.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    for mesh in (None, make_mesh(MeshOptions())):
+        for tokens_at_once in (1, 24, 1000):
+            found = score_windows(model, params, inputs, targets, mesh, tokens_at_once=tokens_at_once)
+            np.testing.assert_allclose(found, wanted, atol=2e-6)
