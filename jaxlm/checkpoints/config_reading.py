@@ -219,7 +219,8 @@ def _read_native(c: _Keys) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     if unknown := sorted(fields.keys() - known):
         raise ValueError(f"config.json: a jaxlm model has no field {unknown[0]!r}: written by another version")
-    return fields | {"windows": tuple(fields["windows"]), "positions": _read_kind(fields["positions"])}
+    fields |= {"windows": tuple(fields["windows"]), "positions": _read_kind(fields["positions"])}
+    return fields | {"vocab_size": c.size("vocab_size")}
 
 
 def _read_kind(value: Any) -> Any:

@@ -127,7 +127,8 @@ def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
 
 def _write_native(config: ModelConfig) -> dict[str, Any]:
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _RUNTIME}
-    return {"model": fields | {"positions": _write_kind(config.positions), "windows": list(config.windows)}}
+    fields |= {"positions": _write_kind(config.positions), "windows": list(config.windows)}
+    return {"vocab_size": fields.pop("vocab_size"), "model": fields}
 
 
 def _write_kind(value: Any) -> Any:

@@ -134,7 +134,8 @@ def test_writing_finds_the_family_that_expresses_the_model():
 
 def test_a_model_of_no_family_gets_our_own_names_and_a_family_asked_for_refuses_it_with_the_field():
     config = ModelConfig(vocab_size=64, width=32, num_layers=2, num_heads=4, positions=Nope(), windows=(8, None))
-    assert write_config(config)["model_type"] == "jaxlm"
+    values = write_config(config)
+    assert values["model_type"] == "jaxlm" and values["vocab_size"] == 64  # which the tokenizer is checked against
     with pytest.raises(ValueError, match=r"llama cannot hold .*positions=Nope"):
         write_config(config, family="llama")
     with pytest.raises(ValueError, match="windows"):
