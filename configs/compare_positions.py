@@ -5,8 +5,8 @@
 
 A model of 0.4 million parameters learns bytes of the documentation that comes with Python, 800 updates of 8 x 256; the
 last tenth of the text is read in windows of each length. Arms differ in `positions` alone (one has a sink as well).
-About 15 minutes an arm on one CPU core, five training runs each; the same command goes on where it was stopped. For
-books in place of the documentation see docs/comparing.md; results: docs/results_positions.md.
+About 15 minutes an arm on a CPU core of its own, five training runs each; the same command goes on where it was
+stopped. For books in place of the documentation see docs/comparing.md; results: docs/results_positions.md.
 """
 
 from typing import Any
@@ -18,7 +18,6 @@ from jaxlm.nn import Alibi, Hope, ModelConfig, Nope, Rope, Xpos
 from jaxlm.nn.position_kinds import Positions
 from jaxlm.train import AdamW, RunOptions
 
-TEXT = ""  # a file of text or JSON; "": the documentation
 LENGTH = 256
 
 
@@ -39,8 +38,8 @@ def get_comparison() -> LengthComparison:
     """The comparison."""
     text = Task(
         name="text",
-        train=LongText(path=TEXT, end=0.85),
-        test=LongText(path=TEXT, begin=0.85, end=0.9),  # rates are chosen on it
+        train=LongText(end=0.85),
+        test=LongText(begin=0.85, end=0.9),  # rates are chosen on it
     )
     return LengthComparison(
         run=RunConfig(
@@ -72,7 +71,7 @@ def get_comparison() -> LengthComparison:
         learning_rates=(1.5e-3, 4e-3, 1e-2),
         seeds=(0, 1, 2),
         plain="RoPE",
-        text=LongText(path=TEXT, begin=0.9),
+        text=LongText(begin=0.9),
         lengths=(LENGTH, 512, 1024, 2048, 4096, 16384),
         tokens=32768,
     )
