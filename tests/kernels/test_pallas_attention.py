@@ -122,7 +122,7 @@ def relative(found, expected):
 TOPS = (0.0, 1e-6, 0.1, 2.0, 20.0)
 
 
-@pytest.mark.parametrize("length", [1, 64, 512])
+@pytest.mark.parametrize("length", [1, 63, 64, 512])
 def test_values_are_those_of_single_scores_in_float64(length):
     felt, _ = draw(length, heads=1, width=64)
     for top in TOPS:
@@ -130,9 +130,8 @@ def test_values_are_those_of_single_scores_in_float64(length):
         assert np.abs(forward(given, scale=0.125) - dense(given, scale=0.125)[0]).max() <= 5e-6
 
 
-@pytest.mark.parametrize("length", [63, 257])
-def test_so_are_gradients(length):
-    felt, cotangent = draw(length, heads=1, width=64)
+def test_so_are_gradients():
+    felt, cotangent = draw(257, heads=1, width=64)
     for top in TOPS:
         given = felt | {"rates": spread(top, 64)}
         out, grads = run(given, cotangent, scale=0.125)
@@ -174,16 +173,14 @@ def test_everything_combines_and_equals_the_tiles_without_pallas(changes):
         np.testing.assert_allclose(found, other, atol=2e-5 * max(1.0, np.abs(right).max()), err_msg=name)
 
 
-def test_nothing_of_it_has_to_be_there():
-    felt, cotangent = draw(L, heads=4, kv_heads=2)
-    for given, options in [
-        (felt | BIAS, {"window": 40, "softcap": 2.0}),
-        (felt | {"rates": spread(0.3)}, {}),
-    ]:
-        found = run(given, cotangent, scale=0.25, tile=64, **options)
-        expected = dense(given, cotangent, scale=0.25, **options)
-        for ours, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(ours, right, atol=2e-5 * max(1.0, np.abs(right).max()))
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"window": 40}], ids=["cap", "static window"])
+def test_nothing_of_it_has_to_be_there(options):
+    felt, cotangent = draw(L)
+    felt |= {"rates": spread(0.3)} if "softcap" in options else {name: x[:2] for name, x in BIAS.items()}
+    expected = dense(felt, cotangent, scale=0.25, **options)
+    found = run(felt, cotangent, scale=0.25, tile=TILE, **options)
+    for ours, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, right, atol=2e-5 * max(1.0, np.abs(right).max()))
 
 
 @pytest.mark.parametrize("top", [0.1, 20.0])
@@ -256,16 +253,12 @@ def test_bfloat16_errs_hardly_more_than_without_decay():
         assert all(relative(grads[name], d_right[name]) <= 0.01 for name in NAMES)
 
 
-def test_large_scores_stay_finite():
+def test_large_scores_stay_finite_under_a_cap():
     """A tile's products with its future reach exp(80) times those with its past, and overflow before the select."""
-    felt, cotangent, options = everything(80 / (TILE - 1))
-    felt |= {name: felt[name] * 1e3 for name in NAMES}
-    one = {name: x[:1, :, :1] if name in NAMES else x[:1] for name, x in felt.items() if name in (*NAMES, "rates")}
-    for made in (
-        run(felt, cotangent, **options),
-        run(one, cotangent[:1, :, :1], scale=0.25, softcap=5.0, tile=TILE),
-    ):
-        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(made))
+    felt, cotangent = draw(L)
+    felt = {name: x * 1e3 for name, x in felt.items()} | {"rates": spread(80 / (TILE - 1))}
+    made = run(felt, cotangent, scale=0.25, softcap=2.0, tile=TILE)  # the cap's slope, too, would be NaN
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(made))
 
 
 def test_eight_devices_give_what_one_gives():
@@ -294,10 +287,10 @@ def test_the_interpreter_of_tpu_memory_gives_the_same():
     """It copies blocks between memories as a TPU does, and notices reads outside of them."""
     felt, cotangent = draw(24, heads=1)
     felt |= {"rates": spread(8.0), "sink": jnp.asarray([0.3])}
-    expected = run(felt, cotangent, scale=0.25, tile=16)
     with pltpu.force_tpu_interpret_mode():
         found = jax.block_until_ready(run(felt, cotangent, scale=0.25, tile=16, interpret=False))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, expected)
+    expected = dense(felt, cotangent, scale=0.25)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-6), found, expected)
 
 
 @pytest.mark.parametrize(("width", "dtype"), [(64, jnp.bfloat16), (128, jnp.float32)])
