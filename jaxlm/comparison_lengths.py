@@ -24,13 +24,12 @@ from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.decoder import Model, Params
 from jaxlm.nn.position_kinds import Rope, YarnScaling
 from jaxlm.run import load_model, load_tokenizer, make_job, open_data
-from jaxlm.train.held_out import score_windows
+from jaxlm.train.held_out import score_windows, suited
 from jaxlm.train.mesh import check_rows, constrainer, make_mesh, row_devices, shardings
 from jaxlm.train.reporter import RunReporter
 from jaxlm.train.scores import Scores
 from jaxlm.weights.names import named_leaves, path_of
 
-LONG = 4096  # tokens above which attention goes tile by tile: with one block of rows it would hold gigabytes of scores
 LOOKED_AT = 4  # windows whose attention is looked at
 
 
@@ -95,9 +94,7 @@ def model_at(comparison: LengthComparison, name: str, length: int) -> ModelConfi
     if name in comparison.yarn and isinstance(config.positions, Rope) and length > trained:
         scaling = YarnScaling(factor=length / trained, original_length=trained)
         config = dataclasses.replace(config, positions=dataclasses.replace(config.positions, scaling=scaling))
-    if length > LONG and config.attention == "auto":
-        config = dataclasses.replace(config, attention="tiled")
-    return config
+    return suited(config, length)
 
 
 def path_of_test(comparison: LengthComparison, name: str, seed: int) -> Path:
@@ -171,7 +168,7 @@ class _Shared:
         for length in comparison.lengths:
             model = Model(model_at(comparison, name, length), self.constrain, row_devices(self.mesh))
             pair = windows_of(self.tokens, length, comparison.tokens)
-            nll[length] = score_windows(model, params, *pair, self.mesh, tokens_at_once=LONG)
+            nll[length] = score_windows(model, params, *pair, self.mesh)
         inputs, _ = windows_of(self.tokens, comparison.looked_at, comparison.tokens)
         plain = Model(model_at(comparison, name, comparison.looked_at))
         seen = look(plain, params, inputs[:LOOKED_AT], queries=comparison.tail)

@@ -2,40 +2,49 @@
 """Held-out metrics of a model on disk: a finished run's, or any checkpoint under a config's tasks."""
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from jaxlm.config import Pretrained, RunConfig
 from jaxlm.data.stream import finite_batches
+from jaxlm.data.windows import text_tokens, windows_of
+from jaxlm.nn.decoder import Model, Params
 from jaxlm.run import load_model, load_tokenizer, open_data
-from jaxlm.train.held_out import evaluate
+from jaxlm.train.held_out import evaluate, score_windows, suited
 from jaxlm.train.mesh import check_rows, make_mesh
 
+TAIL = 128  # predictions at the end of a window, which have the most context
 
-def evaluate_run(directory: str | Path, config: RunConfig) -> dict[str, float]:
+
+def evaluate_run(directory: str | Path, config: RunConfig, *, lengths: Sequence[int] = ()) -> dict[str, float]:
     """Metrics of the model that a finished run left, on the held-out records of `config`.
 
     Args:
       directory: of the run.
       config: the run's own, or one that differs in data, batch size or mesh.
+      lengths: of windows over each task's held-out records, one after the other: adds "perplexity/<task>@<length>" and
+        "tail_perplexity/<task>@<length>", of all predictions and of the last `TAIL` of each window. The same tokens are
+        predicted at every length.
     Raises: ValueError if the run has left no model yet.
     """
     model = Path(directory) / "model"
     if not (model / "config.json").is_file():
         raise ValueError(f"{directory} has no model/ yet: finish the run, scripts/train.py {directory} goes on with it")
-    return _evaluate(dataclasses.replace(config, model=_at(model, config)), directory)
+    return _evaluate(dataclasses.replace(config, model=_at(model, config)), directory, lengths)
 
 
-def evaluate_checkpoint(path: str | Path, config: RunConfig) -> dict[str, float]:
+def evaluate_checkpoint(path: str | Path, config: RunConfig, *, lengths: Sequence[int] = ()) -> dict[str, float]:
     """Metrics of a Hugging Face folder or .gguf file on the held-out records of `config`, with the config's tokenizer.
 
-    Rows are prepared in a folder that is gone afterwards; `config.prepared` spares that.
+    Rows are prepared in a folder that is gone afterwards; `config.prepared` spares that. `lengths`: see `evaluate_run`.
     """
     with tempfile.TemporaryDirectory() as folder:
-        return _evaluate(dataclasses.replace(config, model=_at(Path(path), config)), folder)
+        return _evaluate(dataclasses.replace(config, model=_at(Path(path), config)), folder, lengths)
 
 
 def table(metrics: Mapping[str, float]) -> str:
@@ -51,6 +60,21 @@ def table(metrics: Mapping[str, float]) -> str:
         exact = _percent(metrics[f"exact_match/{task}"])
         rows.append((task, f"{metrics[f'loss/{task}']:.4f}", f"{metrics[f'perplexity/{task}']:.4g}", exact))
     return _aligned([*rows, ("all", f"{metrics['loss']:.4f}", "", "")])
+
+
+def length_table(metrics: Mapping[str, float]) -> str:
+    """Perplexity by length as text, a row a task and length; empty where nothing was measured.
+
+    >>> print(length_table({"perplexity/text@256": 4.0, "tail_perplexity/text@256": 4.5}))
+    task  tokens  perplexity  tail
+    text     256           4   4.5
+    """
+    rows: list[Sequence[str]] = [("task", "tokens", "perplexity", "tail")]
+    for name, value in metrics.items():
+        task, at, length = name.removeprefix("perplexity/").rpartition("@")
+        if at and name.startswith("perplexity/"):
+            rows.append((task, length, f"{value:.4g}", f"{metrics[f'tail_{name}']:.4g}"))
+    return _aligned(rows) if len(rows) > 1 else ""
 
 
 def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> str:
@@ -93,7 +117,7 @@ def _at(path: Path, config: RunConfig) -> Pretrained:
     return Pretrained(path=str(path), dtype=how.dtype, remat=how.remat, attention=how.attention)
 
 
-def _evaluate(config: RunConfig, directory: str | Path) -> dict[str, float]:
+def _evaluate(config: RunConfig, directory: str | Path, lengths: Sequence[int]) -> dict[str, float]:
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, directory=str(directory)))
     mesh = make_mesh(config.mesh)
     check_rows(mesh, config.run.batch_size)
@@ -106,4 +130,29 @@ def _evaluate(config: RunConfig, directory: str | Path) -> dict[str, float]:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return evaluate(model, params, batches, config.data.task_names, mesh)
+    metrics = evaluate(model, params, batches, config.data.task_names, mesh)
+    for task in config.data.tasks if lengths else ():
+        if task.test is not None:
+            found = _by_length(model, params, text_tokens(task.test, tokenizer), lengths, mesh)
+            metrics |= {f"{kind}/{task.name}@{length}": value for (kind, length), value in found.items()}
+    return metrics
+
+
+def _by_length(
+    model: Model, params: Params, tokens: np.ndarray, lengths: Sequence[int], mesh: jax.sharding.Mesh
+) -> dict[tuple[str, int], float]:
+    """Perplexity of all predictions and of the last of each window, the same tokens at every length."""
+    step = math.lcm(*lengths)
+    count = (len(tokens) - 1) // step * step
+    if not count:
+        raise ValueError(
+            f"windows of {', '.join(map(str, lengths))} need {step + 1} held-out tokens to predict the same ones, "
+            f"there are {len(tokens)}: give shorter ones, each a multiple of the next"
+        )
+    found = {}
+    for length in lengths:
+        suiting = dataclasses.replace(model, config=suited(model.config, length))
+        nll = score_windows(suiting, params, *windows_of(tokens, length, count), mesh)
+        found["perplexity", length] = float(np.exp(nll.mean(dtype=np.float64)))
+        found["tail_perplexity", length] = float(np.exp(nll[:, -TAIL:].mean(dtype=np.float64)))
+    return found

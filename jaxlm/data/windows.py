@@ -11,9 +11,9 @@ from jaxlm.data.sources import open_source
 
 
 def text_tokens(source: Source, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """All texts of a source one after the other, each with its end marker, [n] int32.
+    """All records of a source one after the other, each with its end marker, [n] int32.
 
-    Raises: ValueError for a record that is no text.
+    Raises: `BadRecord`, a ValueError, for a record that cannot be read.
     """
     encoder = Encoder(tokenizer)
     return np.concatenate([encoder.encode(parse(record)).tokens for _, record in open_source(source).records()])

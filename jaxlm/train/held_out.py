@@ -4,6 +4,7 @@
 B rows, T tokens, S segments of a row, Q records; W windows of L tokens.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 
 from jaxlm.kernels.cross_entropy import weighted_nll
 from jaxlm.losses.next_token import score_tokens, target_weights
+from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.decoder import Model
 from jaxlm.train.mesh import replicated, row_devices, rows
 from jaxlm.train.phase import Batch, Params
@@ -108,6 +110,14 @@ def item_metrics(items: Items, task_names: Sequence[str]) -> dict[str, float]:
     return metrics
 
 
+LONG = 4096  # tokens of a row above which blocks of scores would take gigabytes
+
+
+def suited(config: ModelConfig, length: int) -> ModelConfig:
+    """The config whose attention reads rows of `length` tokens in memory linear in it: tile by tile above `LONG`."""
+    return dataclasses.replace(config, attention="tiled") if length > LONG and config.attention == "auto" else config
+
+
 def score_windows(
     model: Model,
     params: Params,
@@ -115,7 +125,7 @@ def score_windows(
     targets: np.ndarray,
     mesh: jax.sharding.Mesh | None = None,
     *,
-    tokens_at_once: int = 4096,
+    tokens_at_once: int = LONG,
 ) -> np.ndarray:
     """-log p(target | inputs of the window up to it), nats, [W, L] float32.
 
