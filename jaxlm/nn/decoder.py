@@ -103,7 +103,8 @@ class Model:
           params: as in `apply`.
           tokens: [B, T] int32, prompts from the left, what follows them is not looked at.
           lengths: [B] int32 in 0 .. T, tokens of each prompt; None: T.
-          size: tokens that a row of the cache can hold, prompt included; rounded up to whole pages.
+          size: tokens that a row of the cache can hold, prompt included; rounded up to whole pages.  Every step reads
+            all of it, and `DynamicScaling` takes it for the row's length.
           page: tokens of a page (`empty_cache`).
         Returns: hidden states after the final norm, [B, T, D], meaningless behind each prompt; and the cache.
         Raises: ValueError if prompts, or learned positions, are too few or too many for the cache.

@@ -343,6 +343,24 @@ def test_rates_of_any_size_give_the_dense_scores(top):
         np.testing.assert_allclose(decode_all(q, k, v, rates, count=count, **given), expected, atol=1e-6)
 
 
+def test_a_layers_own_cache_drops_pages_and_goes_back_too():
+    q, k, v = draw_heads(10)
+    rates = jnp.linspace(0.1, 2.0, 8, dtype=jnp.float32)
+
+    @jax.jit
+    def run():
+        cache = hope_cache(B, 8, num_kv_heads=2, head_width=8, page=PAGE)
+        for begin in (0, 4):
+            cache = hope_cache_append(cache, k[:, begin : begin + 4], v[:, begin : begin + 4], rates)
+        cache = drop_pages(cache, 1)
+        draft = hope_cache_append(cache, k[:, :3], v[:, :3], rates)
+        cache = hope_cache_append(rollback(draft, 4), k[:, 8:], v[:, 8:], rates)
+        return hope_decode(q[:, 8:], cache, rates)
+
+    expected = dense(q[:, 4:], k[:, 4:], v[:, 4:], rates)[:, 4:]
+    np.testing.assert_allclose(run(), expected, atol=1e-6)
+
+
 def test_a_row_far_past_the_range_of_float32_stays_exact():
     q, k, v = draw_heads(256)
     rates = jnp.linspace(0.02, 2.0, 8, dtype=jnp.float32)  # exp(2 * 256) overflows; so does a page, exp(2 * 64)
