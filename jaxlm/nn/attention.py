@@ -64,7 +64,8 @@ def attend(
       implementation: "xla" (any device; scores in blocks of rows), "cudnn" (NVIDIA, bf16 or fp16, neither softcap nor
         slopes nor sink), "tiled" (any device; memory linear in L, rates of any size), "pallas" (TPU, the same as one
         kernel; elsewhere interpreted, which is slow; not divided over a mesh by itself). "xla" and "cudnn" fold rates
-        into queries and keys, which needs max_rate * (L - 1) <= 80. "auto": cudnn where it can, xla for rows shorter
+        into queries and keys, which needs max_rate * (L - 1) <= 80 (rows that reach further, by gaps in their
+        clock, become NaN: force "tiled" for those). "auto": cudnn where it can, xla for rows shorter
         than `TILED_FROM`, else tiled.
     Returns: [B, L, N, H] in the dtype of the query.
     Raises: ValueError if a forced implementation cannot do it, naming the reason, and for rates that cannot be.
