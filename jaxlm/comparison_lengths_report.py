@@ -120,10 +120,11 @@ def length_table(comparison: LengthComparison, arms: Sequence[LengthArm]) -> str
         f"{times}x over 1x",
         f"far attention at {comparison.looked_at:,}",
     ]
+    lowest, highest = min(comparison.learning_rates), max(comparison.learning_rates)
     summary = [
         [
             arm.name,
-            f"{arm.rate:.2g}",
+            f"{arm.rate:.2g}" + ("*" if arm.rate in (lowest, highest) else ""),
             str(len(arm.seeds)),
             _interval(arm.perplexity[first]),
             _interval(arm.against),
@@ -134,6 +135,11 @@ def length_table(comparison: LengthComparison, arms: Sequence[LengthArm]) -> str
     ]
     told = [
         ("", _markdown(head, summary)),
+        *(
+            [("A rate marked * is the lowest or highest that was tried: a better one may lie beyond.", "")]
+            if any("*" in row[1] for row in summary)
+            else []
+        ),
         (
             "Perplexity, all predictions:",
             _by_length(arms, lengths, lambda arm: map(_interval, arm.perplexity.values())),
@@ -144,7 +150,7 @@ def length_table(comparison: LengthComparison, arms: Sequence[LengthArm]) -> str
         ),
         ("Lowest and highest seed:", _by_length(arms, lengths, lambda arm: map(_spread, arm.by_seed.values()))),
     ]
-    text = "\n\n".join(f"{note}\n\n{body}" if note else body for note, body in told)
+    text = "\n\n".join("\n\n".join(filter(None, part)) for part in told)
     lacking = [name for name in comparison.tested if name not in {arm.name for arm in arms}]
     every = len(comparison.seeds)
     lacking += [f"{arm.name} ({len(arm.seeds)} of {every} seeds)" for arm in arms if len(arm.seeds) < every]

@@ -104,6 +104,15 @@ def test_the_rate_is_the_one_of_the_lowest_held_out_loss(tmp_path):
     assert best_rate(this, "rope") == 0.2
 
 
+@pytest.mark.parametrize(("best", "cell"), [(0.1, "0.1*"), (0.2, "0.2"), (0.3, "0.3*")])
+def test_a_rate_at_the_edge_of_those_tried_is_marked(tmp_path, best, cell):
+    this = comparison(tmp_path)
+    rated(this, "rope", best)
+    write_test(this, "rope", 0, even(1.0, 1.0, 1.0))
+    text = length_table(this, length_findings(this, resamples=10))
+    assert f"| rope | {cell} | 1 |" in text and ("a better one may lie beyond" in text) == ("*" in cell)
+
+
 def test_perplexity_is_exp_of_the_mean_loss_and_the_tail_that_of_the_last_predictions(tmp_path):
     this = comparison(tmp_path)
     rated(this, "rope")

@@ -24,7 +24,10 @@ def test_parts_of_a_text_make_it_up(tmp_path):
     assert "".join(parts) == path.read_text() and [len(part) for part in parts] == [299, 548, 150]
 
 
-def test_a_text_may_lie_in_json_and_in_lines_of_it(tmp_path):
+def test_a_text_may_lie_in_several_files_in_json_and_in_lines_of_it(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert text_of(LongText(path=str(tmp_path / "*.txt"))) == "a\n\nb"
     whole = tmp_path / "a.json"
     whole.write_text(json.dumps({"text": "one\n"}))
     assert text_of(LongText(path=str(whole))) == "one\n"

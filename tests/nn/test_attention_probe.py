@@ -71,17 +71,20 @@ def test_the_probe_sees_what_a_loop_sees(name):
 
 
 def test_deeper_layers_are_looked_at_as_the_model_reaches_them():
-    """Two equal layers, the first of which adds nothing: both see the same."""
+    """Under a first layer that adds nothing the second sees what it would see alone; under another, something else."""
     model = Model(dataclasses.replace(CONFIG, num_layers=2, positions=Rope()))
     params = model.init(jax.random.key(0))
-    blocks = jax.tree.map(lambda leaf: jnp.stack([leaf[0], leaf[0]]), params["blocks"])
-    for branch, kernel in (("attention", "out"), ("mlp", "down")):
+    silent = {"attention": "out", "mlp": "down"}
+    blocks = {**params["blocks"]}
+    for branch, kernel in silent.items():
         leaf = blocks[branch][kernel]["kernel"]
-        blocks[branch][kernel]["kernel"] = leaf.at[0].set(0.0)
+        blocks[branch] = blocks[branch] | {kernel: {"kernel": leaf.at[0].set(0.0)}}
+    alone = params | {"blocks": jax.tree.map(lambda leaf: leaf[1:], params["blocks"])}
     seen = look(model, params | {"blocks": blocks}, tokens(), queries=4)
-    np.testing.assert_allclose(seen.weight[0], seen.weight[1], atol=1e-7)
+    wanted = look(Model(dataclasses.replace(model.config, num_layers=1)), alone, tokens(), queries=4)
+    np.testing.assert_allclose(seen.weight[1], wanted.weight[0], atol=1e-6)
     moved = look(model, params, tokens(), queries=4)
-    assert float(jnp.abs(moved.weight[0] - moved.weight[1]).max()) > 1e-3
+    assert float(jnp.abs(moved.weight[1] - wanted.weight[0]).max()) > 1e-3
 
 
 def test_weights_sum_to_one_and_even_attention_is_even():
