@@ -124,6 +124,9 @@ def _parse(text: str, declared: Any, path: str, current: Any = None) -> Any:
     if classes := [kind for kind in _alternatives(declared) if dataclasses.is_dataclass(kind)]:
         fields = ", ".join(f"{_join(path, name)}=..." for name in field_types(typing.cast(type, classes[0])))
         hint = f"; set its fields instead: {fields}"
+        names = {typing.cast(type, kind).__name__.lower(): typing.cast(type, kind).__name__ for kind in classes}
+        if near := difflib.get_close_matches(text.lower(), names, 1):
+            hint = f"; did you mean {names[near[0]]!r}?"
     raise ValueError(f"{path} must be {type_name(declared)}, got {text!r}{hint}")
 
 

@@ -155,4 +155,16 @@ def test_every_option_of_a_real_run_reads_its_own_default():
     model = ModelConfig(vocab_size=8, width=8, num_layers=1, num_heads=1)
     for config in (model, RunOptions(steps=1), MeshOptions(), AdamW()):
         for name, value in vars(config).items():
-            assert override(config, [f"{name}={json.dumps(value) if isinstance(value, tuple) else value}"]) == config
+            text = json.dumps(value) if isinstance(value, tuple) else value
+            text = type(value).__name__ if dataclasses.is_dataclass(value) else text
+            assert override(config, [f"{name}={text}"]) == config
+
+
+def test_a_class_of_a_union_is_chosen_by_its_name_and_a_near_miss_is_told():
+    from jaxlm.nn import Alibi, Hope, ModelConfig
+
+    model = ModelConfig(vocab_size=8, width=8, num_layers=1, num_heads=1)
+    assert override(model, ["positions=Alibi"]).positions == Alibi()
+    assert override(model, ["positions=Hope", "positions.damping=per_pair"]).positions == Hope(damping="per_pair")
+    with pytest.raises(ValueError, match="did you mean 'Hope'"):
+        override(model, ["positions=hope"])
