@@ -3,6 +3,7 @@
 
 import html
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def write_length_comparison(comparison: LengthComparison, arms: Sequence[LengthA
     rates = ", ".join(f"{rate:g}" for rate in comparison.learning_rates)
     counts = sorted({len(arm.seeds) for arm in arms})
     facts = (
-        f"<li>{len(arms)} arms, {' or '.join(map(str, counts))} seeds, rates {rates}, {comparison.run.run.steps} "
+        f"<li>{len(arms)} arms, seeds: {' or '.join(map(str, counts))}, rates {rates}, {comparison.run.run.steps} "
         f"updates of {comparison.run.run.batch_size} rows of {first} tokens</li>"
     )
     page = TEMPLATE.format(title=html.escape(comparison.directory.name), style=STYLE, legend="", facts=facts, body=body)
@@ -107,16 +108,17 @@ def curves(
     ticks: Sequence[str] = (),
     logarithmic: bool = False,
 ) -> str:
-    """One line an arm, over lengths (a mapping; drawn at equal steps) or over named ranges, with a legend beside it."""
+    """One line an arm, over lengths (a mapping, drawn by their logarithms) or over named ranges; a legend beside it."""
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
-        labels = ticks
+        places, labels = [float(place) for place in range(len(ticks))], list(ticks)
         for index, (arm, points) in enumerate(lines.items()):
             if isinstance(points, Mapping):
-                labels, points = [f"{length:,}" for length in points], list(points.values())
+                places, labels = [math.log2(length) for length in points], [f"{length:,}" for length in points]
+                points = list(points.values())
             axis.plot(
-                range(len(points)),
+                places,
                 points,
                 label=arm,
                 color=COLOURS[index % len(COLOURS)],
@@ -125,11 +127,14 @@ def curves(
                 markersize=4,
                 linewidth=1.5,
             )
-        axis.set_xticks(range(len(labels)), labels)
+        axis.set_xticks(places, labels)
         if len(labels) > 8:
             axis.tick_params(axis="x", labelrotation=40)
-        axis.set(xlabel=x_label, ylabel=unit)
-        axis.set_yscale("log" if logarithmic else "linear")
+        axis.set(xlabel=x_label, ylabel=unit, yscale="log" if logarithmic else "linear")
+        low, high = axis.get_ylim()
+        if logarithmic and high < 100 * low:  # few decades: numbers, not powers of ten
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
 
     return drawing(name, draw, height=4.6)

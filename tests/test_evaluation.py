@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of perplexity by length of a model on disk."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -49,5 +47,5 @@ def test_perplexity_by_length_is_that_of_each_token_with_its_window_before_it(pa
 
 def test_a_text_too_short_for_common_windows_is_refused(params, tmp_path):
     save(tmp_path, MODEL, params, tokenizer=byte_tokenizer())
-    with pytest.raises(ValueError, match=r"windows of 8, 4096 need 4097 held-out tokens .* there are 4\d\d"):
-        evaluate_checkpoint(tmp_path, dataclasses.replace(CONFIG), lengths=(8, 4096))
+    with pytest.raises(ValueError, match=r"windows of 8, 4096 need 4097 held-out tokens .* there are \d\d\d:"):
+        evaluate_checkpoint(tmp_path, CONFIG, lengths=(8, 4096))
