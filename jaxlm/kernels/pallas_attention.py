@@ -77,8 +77,8 @@ def pallas_attention(
     operands in the input's dtype.  Keys are faded towards the end of their tile once, outside; a pair of tiles then
     needs one factor a channel.  Pairs outside the window, the segments and the past are neither fetched nor computed.
 
-    A mesh: XLA cannot divide a kernel.  Call it inside `jax.shard_map(..., check_vma=False)` over rows and heads, K
-    divided as N is; a row's tokens stay whole.
+    A mesh: XLA refuses to divide a kernel (NotImplementedError).  Call it inside `jax.shard_map(..., check_vma=False)`
+    over rows and heads, K divided as N is, as are rates of K heads; a row's tokens stay whole.
 
     Args:
       query_BLNH: [B, L, N, H].

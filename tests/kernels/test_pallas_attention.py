@@ -175,7 +175,7 @@ def test_everything_combines_and_equals_the_tiles_without_pallas(changes):
 
 @pytest.mark.parametrize("options", [{"softcap": 2.0}, {"window": 40}], ids=["cap", "static window"])
 def test_nothing_of_it_has_to_be_there(options):
-    felt, cotangent = draw(L)
+    felt, cotangent = draw(L, kv_heads=2)
     felt |= {"rates": spread(0.3)} if "softcap" in options else {name: x[:2] for name, x in BIAS.items()}
     expected = dense(felt, cotangent, scale=0.25, **options)
     found = run(felt, cotangent, scale=0.25, tile=TILE, **options)
@@ -219,7 +219,7 @@ def test_nothing_flows_from_the_future(top):
     [{"traced_window": np.int32(33)}, {"segment_ids": np.repeat([[1, 2]] * 2, [32, L - 32], axis=1).astype(np.int32)}],
     ids=["window", "segment"],
 )
-def test_tiles_that_cannot_be_seen_are_not_even_computed(outside):
+def test_tiles_that_cannot_be_seen_are_not_even_read(outside):
     """Select alone would not keep their NaN out of weights @ values."""
     felt, cotangent, options = everything(**outside)
     felt |= {name: felt[name].at[:, :32].set(jnp.nan) for name in ("key", "value")}
@@ -250,18 +250,18 @@ def test_bfloat16_errs_hardly_more_than_without_decay():
         error = np.asarray(out, np.float64) - right
         assert np.sqrt(np.mean(error**2)) <= 1.5 * np.sqrt(np.mean(plain**2))
         assert np.abs(error).max() <= 2 * np.abs(plain).max()
-        assert all(relative(grads[name], d_right[name]) <= 0.01 for name in NAMES)
+        assert all(relative(grads[name], d_right[name]) <= 0.005 for name in grads)
 
 
 def test_large_scores_stay_finite_under_a_cap():
     """A tile's products with its future reach exp(80) times those with its past, and overflow before the select."""
-    felt, cotangent = draw(L)
+    felt, cotangent = draw(L, kv_heads=2)
     felt = {name: x * 1e3 for name, x in felt.items()} | {"rates": spread(80 / (TILE - 1))}
     made = run(felt, cotangent, scale=0.25, softcap=2.0, tile=TILE)  # the cap's slope, too, would be NaN
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(made))
 
 
-def test_eight_devices_give_what_one_gives():
+def test_devices_that_share_out_rows_and_heads_give_what_one_gives():
     felt, cotangent, options = everything()
     felt = {name: felt[name] for name in (*NAMES, "rates")}
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
