@@ -149,9 +149,18 @@ def fits(cache: Cache, counts: jax.Array) -> jax.Array:
 
 def _put(store, new, pages_BT, places_BT):
     """Writes [..., B, K, T, H] at [..., B, K, page, place, H]; what lies outside is not written."""
-    rows = jnp.arange(pages_BT.shape[0], dtype=jnp.int32)[:, None]
-    new = jnp.moveaxis(new, (-4, -2), (0, 1)).astype(store.dtype)  # [B, T, ..., K, H], as indexing by arrays gives it
-    return store.at[..., rows, :, pages_BT, places_BT, :].set(new, mode="drop")
+    row = store.ndim - 5  # the axis of B, behind that of layers
+    # Spelled out, because indexing either gathers rows that are divided over devices or turns the whole cache around.
+    axes = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(*range(row), row + 1, row + 3),
+        inserted_window_dims=(row + 2, row + 3),
+        scatter_dims_to_operand_dims=(row + 2, row + 3),
+        operand_batching_dims=(row,),
+        scatter_indices_batching_dims=(0,),
+    )
+    where = jnp.stack([pages_BT, places_BT], axis=-1)
+    drop = jax.lax.GatherScatterMode.FILL_OR_DROP
+    return jax.lax.scatter(store, where, new.astype(store.dtype), axes, mode=drop)
 
 
 def drop_pages(cache: Cache, count: int | jax.Array) -> Cache:
@@ -174,16 +183,12 @@ def drop_pages(cache: Cache, count: int | jax.Array) -> Cache:
         raise ValueError(f"pages to drop must be >= 0, got {values.tolist()}")
     count = jnp.clip(jnp.asarray(count, jnp.int32), 0, cache.lengths // cache.page)
     P = cache.keys.shape[-3]
-    rows = jnp.arange(count.shape[0], dtype=jnp.int32)[:, None]
     source = jnp.minimum(jnp.arange(P, dtype=jnp.int32)[None] + count[:, None], P - 1)
-
-    def moved(pages):  # [B, P, ..., K, C, H], as indexing by arrays gives it
-        return jnp.moveaxis(pages[..., rows, :, source, :, :], (0, 1), (-5, -3))
-
+    moved = jax.vmap(lambda pages, source: jnp.take(pages, source, axis=-3), in_axes=(-5, 0), out_axes=-5)
     tokens = count * cache.page
     return cache._replace(
-        keys=moved(cache.keys),
-        values=moved(cache.values),
+        keys=moved(cache.keys, source),
+        values=moved(cache.values, source),
         lengths=cache.lengths - tokens,
         dropped=cache.dropped + tokens,
     )

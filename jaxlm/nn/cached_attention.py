@@ -234,10 +234,9 @@ def hope_decode(query_BTNH: jax.Array, cache: Cache, rates: jax.Array, **options
         raise ValueError(f"a row holds {held.min()} tokens and {T} newest ones are asked for: append their keys first")
     before = cache._replace(lengths=cache.lengths - T)
     slots = before.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
-    rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
     ring = (cache.dropped[:, None] + slots) // C % 2
-    assert cache.recent is not None
-    key, value = cache.recent[rows, :, ring, slots % C], cache.values[rows, :, slots // C, slots % C]
+    newest = jax.vmap(lambda store, pages, places: store[:, pages, places].swapaxes(0, 1))  # [T, K, H] of a row
+    key, value = newest(cache.recent, ring, slots % C), newest(cache.values, slots // C, slots % C)
     return attend_cached(query_BTNH, key, value, before, rates=rates, **options)
 
 

@@ -31,8 +31,11 @@ from jaxlm.nn import (
     hope_cache,
     hope_cache_append,
     hope_decode,
+    logical_axes,
     rollback,
 )
+from jaxlm.train.mesh import constrainer, make_mesh, rows, shardings
+from jaxlm.train.options import MeshOptions
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -306,6 +309,31 @@ def test_one_program_serves_all_steps_and_takes_the_cache_in_place():
     assert len(COMPILED) == seen
     copied = step.lower(params, token, longer).compile().memory_analysis()
     assert copied.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(longer))
+
+
+def test_rows_and_heads_divided_over_devices_stay_where_they_are():
+    model, params = start("hope_bent")
+    mesh = make_mesh(MeshOptions(data=4, tensor=2))
+    divided = dataclasses.replace(model, constrain=constrainer(mesh))
+    placed = jax.device_put(params, shardings(mesh, logical_axes(params), params))
+    tokens = jnp.tile(draw_tokens(8), (2, 1))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def prefill(model, params, tokens):
+        return model.prefill(params, tokens, size=SIZE, page=PAGE)
+
+    def step(model, params, tokens):
+        _, cache = prefill(model, params, tokens[:, :7])
+        return jax.jit(model.extend).lower(params, tokens[:, 7:], cache).compile(), cache
+
+    (alone, cache), (spread, held) = (
+        step(model, params, tokens),
+        step(divided, placed, jax.device_put(tokens, rows(mesh))),
+    )
+    assert held.keys.addressable_shards[0].data.size * 8 == held.keys.size
+    assert "all-gather" not in spread.as_text()
+    found = jax.block_until_ready(spread(placed, jax.device_put(tokens[:, 7:], rows(mesh)), held)[0])
+    np.testing.assert_allclose(found, alone(params, tokens[:, 7:], cache)[0], atol=5e-6)
 
 
 def draw_heads(length, heads=(4, 2, 2), dtype=jnp.float32, H=8):
