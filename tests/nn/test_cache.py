@@ -311,6 +311,15 @@ def test_one_program_serves_all_steps_and_takes_the_cache_in_place():
     assert copied.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(longer))
 
 
+def test_a_step_copies_no_more_than_a_layer_of_the_cache():
+    model = Model(dataclasses.replace(start("hope_bent")[0].config, num_layers=8))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    cache = jax.eval_shape(lambda: empty_cache(model.config, B, 4096))
+    step = jax.jit(model.extend, donate_argnums=2).lower(params, jax.ShapeDtypeStruct((B, 1), jnp.int32), cache)
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    assert step.compile().memory_analysis().temp_size_in_bytes < whole / 4
+
+
 def test_rows_and_heads_divided_over_devices_stay_where_they_are():
     model, params = start("hope_bent")
     mesh = make_mesh(MeshOptions(data=4, tensor=2))
