@@ -60,6 +60,8 @@ def get_comparison() -> LengthComparison:
             "HoPE per pair 0.3": model(Hope(theta_scale=0.3, damping="per_pair")),
             "HoPE per pair 0.05, sink": model(Hope(theta_scale=0.05, damping="per_pair"), attention_sink=True),
             "HoPE mixed 0.05": model(Hope(theta_scale=0.05, damping="per_pair", rotating=0.5)),
+            "HoPE mixed 0.05, ALiBi": model(Hope(theta_scale=0.05, damping="per_pair", rotating=0.75, slopes="alibi")),
+            "RoPE and ALiBi": model(Hope(theta_scale=1e-9, rotating=1.0, slopes="alibi")),  # no decay: the control
             "HoPE learned gap 0.05": model(
                 Hope(theta_scale=0.05, damping="per_pair", learn_gap="head", gap_max=1.0),
             ),

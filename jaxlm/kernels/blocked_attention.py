@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlm.kernels.products import contract
+
 SAVED = "attention"  # checkpoint name of what the backward pass reads, so that under remat nothing runs twice
 MASKED = -1e30  # finite: exp(MASKED - max) is exactly 0, and no row becomes NaN
 MAX_BLOCKS = 8  # unrolled, so this bounds the program; 16 would save 3 % more of the work and compile twice as long
@@ -92,7 +94,7 @@ def _forward(query, key, value, bias, sink, segment_ids, window, options):
         total = jnp.sum(weights, axis=-1, keepdims=True)
         if sink is not None:
             total = total + jnp.exp(_by_row(sink, scores) - top)
-        outs.append((_contract("BKQM,BKHM->BKQH", weights, value[..., keys]) / total).astype(query.dtype))
+        outs.append((contract("BKQM,BKHM->BKQH", weights, value[..., keys]) / total).astype(query.dtype))
         log_sums.append(top + jnp.log(total))
     out = jnp.concatenate([_unfold(x, query) for x in outs], axis=3)
     log_sum = jnp.concatenate([_unfold(x, query) for x in log_sums], axis=3)
@@ -110,13 +112,13 @@ def _backward(options, saved, d_out):
         scores, slope = _scores(query, key, bias, segment_ids, window, rows, keys, options)
         q, d, log_sum_q, inner_q = (_fold(x[..., rows, :]) for x in (query, d_out, log_sum, inner))
         weights = jnp.exp(scores - log_sum_q)
-        d_scores = weights * (_contract("BKQH,BKHM->BKQM", d, value[..., keys]) - inner_q)
+        d_scores = weights * (contract("BKQH,BKHM->BKQM", d, value[..., keys]) - inner_q)
         if bias is not None:
             d_slopes = d_slopes - jnp.sum(_by_head(d_scores, query) * _distance(bias[1], rows, keys), axis=(0, 3, 4))
         d_scores = d_scores * (options.scale if slope is None else options.scale * slope)
-        d_query.append(_unfold(_contract("BKQM,BKHM->BKQH", d_scores, key[..., keys]).astype(query.dtype), query))
-        d_key = d_key.at[..., keys].add(_contract("BKQH,BKQM->BKHM", q, d_scores))
-        d_value = d_value.at[..., keys].add(_contract("BKQH,BKQM->BKHM", d, weights))
+        d_query.append(_unfold(contract("BKQM,BKHM->BKQH", d_scores, key[..., keys]).astype(query.dtype), query))
+        d_key = d_key.at[..., keys].add(contract("BKQH,BKQM->BKHM", q, d_scores))
+        d_value = d_value.at[..., keys].add(contract("BKQH,BKQM->BKHM", d, weights))
     d_bias = None if bias is None else (d_slopes, None)
     d_sink = None
     if sink is not None:
@@ -139,7 +141,7 @@ def _blocks(length, options):
 def _scores(query, key, bias, segment_ids, window, rows, keys, options):
     """Masked scores [B, K, G * Q, M] float32 of one block, and the cap's slope where there is a cap."""
     G = query.shape[2]
-    scores = _contract("BKQH,BKHM->BKQM", _fold(query[..., rows, :]), key[..., keys]) * options.scale
+    scores = contract("BKQH,BKHM->BKQM", _fold(query[..., rows, :]), key[..., keys]) * options.scale
     slope = None
     if options.softcap is not None:
         capped = jnp.tanh(scores / options.softcap)
@@ -156,7 +158,9 @@ def _scores(query, key, bias, segment_ids, window, rows, keys, options):
     seen = seen[None]
     if segment_ids is not None:
         seen = seen & (segment_ids[:, rows, None] == segment_ids[:, None, keys])
-    return jnp.where(jnp.tile(seen, (1, G, 1))[:, None], scores, MASKED), slope
+    seen = jnp.tile(seen, (1, G, 1))[:, None]
+    # The slope too: where rates are folded into queries and keys, products with the future may have overflowed.
+    return jnp.where(seen, scores, MASKED), None if slope is None else jnp.where(seen, slope, 0.0)
 
 
 def _distance(clock, rows, keys):
@@ -174,12 +178,6 @@ def _by_head(x_BKQM, query_BKGLH):
 def _by_row(x_KG, scores_BKQM):
     """A number a head as [1, K, G * Q, 1]."""
     return jnp.repeat(x_KG, scores_BKQM.shape[2] // x_KG.shape[1], axis=1)[None, :, :, None]
-
-
-def _contract(spec, left, right):
-    """A product of matrices in the narrower dtype of the two, summed in float32."""
-    dtype = left.dtype if left.dtype.itemsize <= right.dtype.itemsize else right.dtype
-    return jnp.einsum(spec, left.astype(dtype), right.astype(dtype), preferred_element_type=jnp.float32)
 
 
 def _fold(x_BKGQH):

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.kernels.blocked_attention import MASKED, SAVED
 from jaxlm.kernels.decay import REACH, first_tiles, from_the_middle, rate_gradient
+from jaxlm.kernels.products import contract
 
 _EXACT = jax.lax.Precision.HIGHEST  # of float32 products: some devices would round their operands
 
@@ -130,7 +131,7 @@ def _forward(query, key, value, arrays, options):
             higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
             weights, shrink = jnp.exp(scores - higher), jnp.exp(top - higher)
             total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
-            return higher, total, mixed * shrink + _contract("bkqm,bkmh->bkqh", weights, v)
+            return higher, total, mixed * shrink + contract("bkqm,bkmh->bkqh", weights, v)
 
         def past(j, carry):
             scores = _finish(_past(q_down, faded, arrays, i, j)[0], arrays, i, j, options)[0]
@@ -167,8 +168,8 @@ def _backward(options, saved, d_out):
             d_key, d_value, d_slopes = carry
             scores, slope = _finish(products, arrays, i, j, options)
             weights = jnp.exp(scores - log_sum[i])
-            d_scores = weights * (_contract("bkqh,bkmh->bkqm", d, value[j]) - inner)
-            d_value = d_value.at[j].add(_contract("bkqm,bkqh->bkmh", weights, d))
+            d_scores = weights * (contract("bkqh,bkmh->bkqm", d, value[j]) - inner)
+            d_value = d_value.at[j].add(contract("bkqm,bkqh->bkmh", weights, d))
             if arrays.slopes_KG is not None:
                 G = arrays.slopes_KG.shape[1]
                 distance = _distance(arrays, i, j)[:, None, None]
@@ -179,8 +180,8 @@ def _backward(options, saved, d_out):
             d_q, carry = carry
             products, left, k = _past(q_down, faded, arrays, i, j)
             carry, d_products = of_scores(carry, products, j)
-            d_left = _contract("bkqm,bkmh->bkqh", d_products, k)
-            d_k = _contract("bkqm,bkqh->bkmh", d_products, left)
+            d_left = contract("bkqm,bkmh->bkqh", d_products, k)
+            d_k = contract("bkqm,bkqh->bkmh", d_products, left)
             if arrays.rates_KH is not None:
                 d_left = d_left * _between(arrays, i, j)
                 d_k = d_k * _fade(arrays, j)
@@ -257,7 +258,7 @@ def _past(q_down, faded, arrays, i, j):
     left, k = q_down, faded[j]
     if arrays.rates_KH is not None:
         left = (left * _between(arrays, i, j)).astype(k.dtype)
-    return _contract("bkqh,bkmh->bkqm", left, k), left, k
+    return contract("bkqh,bkmh->bkqm", left, k), left, k
 
 
 def _own(q, k, arrays, i):
@@ -268,9 +269,9 @@ def _own(q, k, arrays, i):
 def _own_with_pull(q, k, arrays, i):
     """The same, and the function from their gradient to that of queries and keys (float32)."""
     if arrays.rates_KH is None:
-        return _contract("bkqh,bkmh->bkqm", q, k), lambda d: (
-            _contract("bkqm,bkmh->bkqh", d, k),
-            _contract("bkqm,bkqh->bkmh", d, q),
+        return contract("bkqh,bkmh->bkqm", q, k), lambda d: (
+            contract("bkqm,bkmh->bkqh", d, k),
+            contract("bkqm,bkqh->bkmh", d, q),
         )
     q, k = q.astype(jnp.float32), k.astype(jnp.float32)
     near = arrays.near[i]
@@ -349,7 +350,9 @@ def _finish(products, arrays, i, j, options):
     seen = seen[None]
     if arrays.segments is not None:
         seen = seen & (arrays.segments[i][:, :, None] == arrays.segments[j][:, None, :])
-    return jnp.where(jnp.tile(seen, (1, scores.shape[2] // Q, 1))[:, None], scores, MASKED), slope
+    seen = jnp.tile(seen, (1, scores.shape[2] // Q, 1))[:, None]
+    # The slope too: products with the future may have overflowed.
+    return jnp.where(seen, scores, MASKED), None if slope is None else jnp.where(seen, slope, 0.0)
 
 
 def _by_head(x_BKQM, G):
@@ -371,12 +374,3 @@ def _from_the_middle(arrays):
 
     place = from_the_middle(row(arrays.clock), None if arrays.segments is None else row(arrays.segments))
     return jnp.moveaxis(place.reshape(-1, count, Q), 1, 0)
-
-
-def _contract(spec, left, right):
-    """A product of matrices in the narrower dtype of the two, summed in float32."""
-    dtype = left.dtype if left.dtype.itemsize <= right.dtype.itemsize else right.dtype
-    precision = _EXACT if dtype == jnp.float32 else None
-    return jnp.einsum(
-        spec, left.astype(dtype), right.astype(dtype), precision=precision, preferred_element_type=jnp.float32
-    )

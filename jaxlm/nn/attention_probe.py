@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxlm.nn.attention import project
 from jaxlm.nn.config import ModelConfig
-from jaxlm.nn.decoder import Model, Params, _before, _embed, block
+from jaxlm.nn.decoder import Model, Params, before, block, embed
 from jaxlm.nn.positions import Encoding, encoding, falloff
 
 
@@ -49,11 +49,11 @@ def look(model: Model, params: Params, tokens: jax.Array, *, queries: int = 128)
     if not 1 <= queries <= L:
         raise ValueError(f"queries must be in [1, {L}], the tokens of a window, got {queries}")
     places = encoding(config, L)
-    x = _embed(params, tokens, jnp.arange(L, dtype=jnp.int32)[None], config)
+    x = embed(params, tokens, jnp.arange(L, dtype=jnp.int32)[None], config)
     found = []
     for layer, window in enumerate(config.layer_windows):
         p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["blocks"])
-        found.append(_look(p["attention"], _before(p, "attention", x, config), config, places, window, queries))
+        found.append(_look(p["attention"], before(p, "attention", x, config), config, places, window, queries))
         x = block(p, x, config, encoding=places, window=window)
     return Look(*(jnp.stack(parts) for parts in zip(*found, strict=True)))
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.kernels.blocked_attention import MASKED
+from jaxlm.kernels.products import contract
 from jaxlm.nn.cache import Cache, Entries, fits, known, write
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.hope import check_rates
@@ -136,15 +137,6 @@ def _own_products(query_BKQH, key_BKTH, rates_KH, T):
         return contract("bkqh,bkmh->bkqm", query_BKQH.astype(jnp.float32), key)
     products = jax.lax.map(of_token, (jnp.arange(T, dtype=jnp.int32), jnp.moveaxis(query, 3, 0)))
     return jnp.moveaxis(products, 0, 3).reshape(B, K, Q, T)
-
-
-def contract(spec, left, right):
-    """A product of matrices in the narrower dtype of the two, summed in float32."""
-    dtype = left.dtype if left.dtype.itemsize <= right.dtype.itemsize else right.dtype
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return jnp.einsum(
-        spec, left.astype(dtype), right.astype(dtype), precision=precision, preferred_element_type=jnp.float32
-    )
 
 
 def entries_of(

@@ -85,7 +85,7 @@ class Model:
                 raise ValueError(
                     f"{tokens.shape[1]} tokens exceed the {config.max_length} learned positions: cut the rows"
                 )
-        x = _embed(params, tokens, positions, config)
+        x = embed(params, tokens, positions, config)
 
         def layer(x, p, window, _):
             y = block(p, x, config, encoding=places, segment_ids=segment_ids, window=window)
@@ -175,15 +175,15 @@ class Model:
         tokens = jnp.where(jnp.arange(T, dtype=jnp.int32)[None] < counts[:, None], tokens, 0)
         positions = jnp.minimum(positions, positions[:, :1] + jnp.maximum(counts - 1, 0)[:, None])
         places = encoding(config, cache.size, positions)
-        x = _embed(params, tokens, positions, config)
+        x = embed(params, tokens, positions, config)
 
         def layer(x, p, window, held):
             branch = p["attention"]
-            query, key, value = project(branch, _before(p, "attention", x, config), config, encoding=places)
+            query, key, value = project(branch, before(p, "attention", x, config), config, encoding=places)
             mixed = mixing(branch, query, key, value, places, window, held)
             y = dense(branch["out"], mixed.reshape(*mixed.shape[:2], -1), config.adapter_scale)
-            x = _after(p, "attention", x, y, config)
-            x = _after(p, "mlp", x, mlp(p["mlp"], _before(p, "mlp", x, config), config), config)
+            x = after(p, "attention", x, y, config)
+            x = after(p, "mlp", x, mlp(p["mlp"], before(p, "mlp", x, config), config), config)
             made = entries_of(key, value, cache, counts, falloff(branch, config).rates)
             return self.constrain(x, RESIDUAL), made
 
@@ -237,15 +237,17 @@ def block(
     }
     x = x_BTD
     for name, branch in branches.items():
-        x = _after(p, name, x, branch(_before(p, name, x, config)), config)
+        x = after(p, name, x, branch(before(p, name, x, config)), config)
     return x
 
 
-def _before(p: Mapping[str, Any], branch: str, x: jax.Array, config: ModelConfig) -> jax.Array:
+def before(p: Mapping[str, Any], branch: str, x: jax.Array, config: ModelConfig) -> jax.Array:
+    """What a branch of a layer, "attention" or "mlp", is given of the residual stream."""
     return _norm(p[f"{branch}_norm"], x, config) if config.norm_placement in ("pre", "both") else x
 
 
-def _after(p: Mapping[str, Any], branch: str, x: jax.Array, y: jax.Array, config: ModelConfig) -> jax.Array:
+def after(p: Mapping[str, Any], branch: str, x: jax.Array, y: jax.Array, config: ModelConfig) -> jax.Array:
+    """The residual stream `x` with what the branch gave, `y`, added."""
     return x + (_norm(p[f"{branch}_post_norm"], y, config) if config.norm_placement in ("post", "both") else y)
 
 
@@ -259,7 +261,8 @@ def _counts(lengths: jax.Array | None, tokens: jax.Array) -> jax.Array:
     return jnp.asarray(lengths, jnp.int32)
 
 
-def _embed(params: Params, tokens: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:
+def embed(params: Params, tokens: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:
+    """What enters the first layer, [B, T, D] in the compute dtype; positions [B or 1, T] are read where learned."""
     dtype = jnp.dtype(config.dtype)
     x = jnp.take(params["embed"]["table"], tokens, axis=0).astype(dtype)
     if config.embedding_scale != 1.0:
