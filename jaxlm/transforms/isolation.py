@@ -295,7 +295,7 @@ def with_fresh_inner(opt_state: optax.OptState, fresh: optax.OptState) -> optax.
 
 KINDS = (  # what a path contains, the first that fits
     (r"norm|ln_|layernorm", "norm"),
-    (r"embed|positions|wte|wpe", "embedding"),
+    (r"embed|positions/table|wte|wpe", "embedding"),
     (r"query|q_proj|wq", "query"),
     (r"key|k_proj|wk", "key"),
     (r"value|v_proj|wv", "value"),
