@@ -11,7 +11,7 @@ import dataclasses
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,6 +104,16 @@ def read_trained(comparison: Comparison, arm: str, rate: float, seed: int) -> Tr
 def run_directory(comparison: Comparison | LengthComparison, arm: str, rate: float, seed: int) -> Path:
     """Where one training run is."""
     return comparison.directory / "runs" / arm / f"{rate:.3g}-{seed}"
+
+
+def unfinished(arms: Iterable[str], seeds: Mapping[str, int], every: int) -> list[str]:
+    """What a table must name as missing: `seeds` has the number of finished seeds of each arm that it shows.
+
+    >>> unfinished(["plain", "held", "drawn"], {"plain": 3, "held": 1}, every=3)
+    ['drawn', 'held (1 of 3 seeds)']
+    """
+    missing = [name for name in arms if name not in seeds]
+    return missing + [f"{name} ({count} of {every} seeds)" for name, count in seeds.items() if count < every]
 
 
 class _Shared:

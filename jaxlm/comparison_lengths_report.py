@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxlm.comparison import unfinished
 from jaxlm.comparison_lengths import Tested, best_rate, read_tested
 from jaxlm.config import LengthComparison
 from jaxlm.train.bootstrap import Interval
@@ -151,10 +152,8 @@ def length_table(comparison: LengthComparison, arms: Sequence[LengthArm]) -> str
         ("Lowest and highest seed:", _by_length(arms, lengths, lambda arm: map(_spread, arm.by_seed.values()))),
     ]
     text = "\n\n".join("\n\n".join(filter(None, part)) for part in told)
-    lacking = [name for name in comparison.tested if name not in {arm.name for arm in arms}]
-    every = len(comparison.seeds)
-    lacking += [f"{arm.name} ({len(arm.seeds)} of {every} seeds)" for arm in arms if len(arm.seeds) < every]
-    return text + (f"\n\nNot finished: {'; '.join(lacking)}." if lacking else "")
+    missing = unfinished(comparison.tested, {arm.name: len(arm.seeds) for arm in arms}, len(comparison.seeds))
+    return text + (f"\n\nNot finished: {'; '.join(missing)}." if missing else "")
 
 
 def _by_length(arms: Sequence[LengthArm], lengths: Sequence[str], cells: Callable[[LengthArm], Iterable[str]]) -> str:

@@ -77,6 +77,8 @@ def _dots(arms: Sequence[Arm]) -> str:
 def _plane(comparison: Comparison, arms: Sequence[Arm]) -> str:
     groups = {}
     plain = next(arm for arm in arms if arm.name == comparison.plain)
+    if "plasticity" not in plain.metrics:
+        return ""  # no specialists yet
     # Specialists shift every arm's plasticity by one number: the plain arm tells it.
     learnt = np.mean([_when_learnt(matrix) for matrix in plain.matrices])
     shift = plain.metrics["plasticity"].mean - float(learnt)

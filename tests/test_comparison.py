@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlm.comparison import at_rate, best_rate, read_trained, run_directory
+from jaxlm.comparison_page import write_comparison
 from jaxlm.comparison_report import findings, table
 from jaxlm.config import Comparison, RunConfig, load_comparison
 from jaxlm.data import DataConfig, Procedural, Task
@@ -47,6 +48,7 @@ def finish(this, arm, rate, seed, scores, *, tokens=100):
     """Writes a finished run: `scores` [columns][tasks] even and odd accuracies, after rotation and after increment."""
     directory = run_directory(this, arm, rate, seed)
     directory.mkdir(parents=True)
+    (directory / "metrics.jsonl").touch()
     kept = Scores(directory, this.run.data.task_names)
     task_ids, record_ids = np.repeat(np.arange(3), 20), np.tile(np.arange(20), 3)
     for column, learned in (("before", ()), ("stage-1", (1,)), ("after", (2,))):
@@ -100,6 +102,28 @@ def test_bold_is_what_counts_against_the_plain_arm_and_the_control(tmp_path):
     rows = {tuple(line.split("|")[1:3]): line for line in text.splitlines() if line.startswith("|")}
     assert "**+30.0" in rows[" held ", " plain "] and "**+30.0" in rows[" held ", " drawn "]
     assert "**" not in rows[" drawn ", " plain "]
+
+
+def test_a_report_in_between_shows_what_is_there_and_names_what_is_missing(tmp_path):
+    this = comparison(tmp_path)
+    with pytest.raises(ValueError, match="arm 'plain' has not been trained at all of its rates"):
+        findings(this, resamples=20)
+    for arm, tried in {
+        "plain": ((0.1, 0), (0.1, 1), (0.2, 0), (0.3, 0)),
+        "held": ((0.1, 0), (0.2, 0), (0.3, 0)),
+    }.items():
+        for rate, seed in tried:
+            finish(this, arm, rate, seed, [BEFORE, column(0.7, 0.9, 0.0), column(0.5, 0.2 / rate, 0.1 / rate)])
+    finish(this, "drawn", 0.1, 0, [BEFORE, column(0.7, 0.9, 0.0), column(0.5, 0.9, 0.9)])
+    found = findings(this, resamples=20)
+    assert [(arm.name, len(arm.runs)) for arm in found] == [("plain", 2), ("held", 1)]
+    assert not any(arm.versus for arm in found)  # one seed of an arm proves nothing
+    text = table(this, found)
+    assert text.endswith("Not finished: drawn; held (1 of 2 seeds); the specialists.")
+    assert "plasticity" not in found[0].metrics
+    assert write_comparison(this, found).is_file()
+    finish(this, "held", 0.1, 1, [BEFORE, column(0.7, 0.9, 0.0), column(0.5, 0.9, 0.9)])
+    assert set(findings(this, resamples=20)[1].versus) == {"plain"}
 
 
 def test_a_missing_run_is_named(tmp_path):
