@@ -60,10 +60,10 @@ def get_comparison() -> Comparison:
         ),
         arms={
             "stages": MultiStage(method=sft),
-            "EPI": MultiStage(method=epi),
             "stages, 10 % replayed": MultiStage(method=sft, replay=0.1),
-            "EPI, random": MultiStage(method=dataclasses.replace(epi, select="random")),
+            "EPI": MultiStage(method=epi),
             "EWC": Ewc(sft=sft),
+            "EPI, random": MultiStage(method=dataclasses.replace(epi, select="random")),
             "DPI": dpi,
             "DPI, random": dataclasses.replace(dpi, cores="random"),
             "CPI-FT": CpiFt(dpi=dpi),
