@@ -230,3 +230,38 @@ def rollback(cache: Cache, lengths: int | jax.Array) -> Cache:
 def known(x: int | np.ndarray | jax.Array) -> np.ndarray | None:
     """The value, or None under jit."""
     return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+
+
+def put_rows(cache: Cache, rows: jax.Array, other: Cache, source: jax.Array) -> Cache:
+    """The cache with rows `rows` [n] taken from rows `source` [n] of another one, of the same layers and page.
+
+    Args:
+      cache: keeps its size; what `other` has beyond it must be unused.
+      rows: int32 [n]; those outside the cache are not written.
+      other: prompts just read, say.
+      source: int32 [n]; a row may be taken more than once (samples of one prompt).
+    """
+    pages = min(cache.keys.shape[-3], other.keys.shape[-3])
+
+    def put(store, new, *, cut):
+        new = jnp.take(new, source, axis=-5)
+        if cut:
+            return store.at[..., rows, :, :pages, :, :].set(new[..., :pages, :, :].astype(store.dtype), mode="drop")
+        return store.at[..., rows, :, :, :, :].set(new.astype(store.dtype), mode="drop")
+
+    def put_count(counts, new):
+        return counts.at[rows].set(jnp.take(new, source), mode="drop")
+
+    recent, recent_from = cache.recent, cache.recent_from
+    if recent is not None and recent_from is not None:
+        assert other.recent is not None and other.recent_from is not None
+        recent = put(recent, other.recent, cut=False)
+        recent_from = put_count(recent_from, other.recent_from)
+    return Cache(
+        put(cache.keys, other.keys, cut=True),
+        put(cache.values, other.values, cut=True),
+        recent,
+        put_count(cache.lengths, other.lengths),
+        put_count(cache.dropped, other.dropped),
+        recent_from,
+    )

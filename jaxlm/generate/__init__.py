@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling and scoring: one protocol, an embedded sampler that shares the parameters of training."""
+
+from jaxlm._lazy import attach
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "Completion": "engine",
+        "Engine": "engine",
+        "Sampler": "sampler",
+        "Sampling": "engine",
+    },
+)
