@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxlm.generate.drawing import Drawn, Draws, draw
 from jaxlm.generate.engine import Completion, Prompt, Sampling
-from jaxlm.generate.texts import TextSoFar, prompt_tokens
+from jaxlm.generate.texts import Piece, TextSoFar, prompt_tokens
 from jaxlm.kernels.cross_entropy import token_log_probs
 from jaxlm.nn.cache import Cache, empty_cache, put_rows
 from jaxlm.nn.decoder import Model, Params
@@ -257,7 +257,7 @@ class _Batch:
         for row, (slot,) in enumerate(slots):
             running = self.occupied[slot]
             count = drawn.tokens.shape[1] if counts is None else int(counts[row])
-            new = Drawn(*(np.asarray(x)[row, :count] for x in drawn))
+            new = Piece(*(np.asarray(x)[row, :count] for x in drawn))
             said = running.text.add(new, stops=np.asarray(self.sampler._stops))
             if running.text.num_tokens >= self.sampling.max_tokens:
                 running.text.end("length")

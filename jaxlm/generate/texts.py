@@ -2,12 +2,11 @@
 """Between text and tokens: prompts in, completions out as they grow, stop strings."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from jaxlm.generate.drawing import Drawn
 from jaxlm.generate.engine import Completion, Prompt
 
 _BROKEN = "�"  # what an unfinished character decodes to
@@ -23,13 +22,22 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> np.ndar
     elif prompt and isinstance(prompt[0], Mapping):
         if tokenizer.chat_template is None:
             raise ValueError("messages need a tokenizer with a chat template; this one has none: give text")
-        text: Any = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        messages: Any = list(prompt)
+        text: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         tokens = tokenizer.encode(text, add_special_tokens=False)
     else:
         tokens = prompt
     if len(tokens) == 0:
         raise ValueError(f"prompt {prompt!r} has no tokens: begin with at least one")
     return np.asarray(tokens, np.int32)
+
+
+class Piece(NamedTuple):
+    """Tokens of one sample on the host: ids int32 [n], and log-probs float32 [n] as in `Completion`."""
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    raw_log_probs: np.ndarray
 
 
 class TextSoFar:
@@ -40,22 +48,22 @@ class TextSoFar:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()):
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._drawn: list[Drawn] = []
+        self._pieces: list[Piece] = []
         self._text = ""  # all that is decoded
         self._said = 0  # characters handed out
         self.num_tokens = 0
         self.reason: Literal["stop", "length"] | None = None
 
-    def add(self, new: Drawn, *, stops: np.ndarray) -> str:
+    def add(self, new: Piece, *, stops: np.ndarray) -> str:
         """Takes tokens [n] and returns the text that became final; what follows a stop is left out."""
         if self.reason is not None or len(new.tokens) == 0:
             return ""
         where = np.flatnonzero(np.isin(new.tokens, stops))
         if len(where):
-            new = Drawn(*(x[: where[0] + 1] for x in new))
+            new = Piece(*(x[: where[0] + 1] for x in new))
             self.reason = "stop"
         before = self.num_tokens
-        self._drawn.append(new)
+        self._pieces.append(new)
         self.num_tokens += len(new.tokens)
         self._text = self._decode(self.num_tokens)
         found = [at for at in (self._text.find(word) for word in self._stop) if at >= 0]
@@ -82,12 +90,12 @@ class TextSoFar:
         said, self._said = self._text[self._said : to], max(self._said, to)
         return said
 
-    def _joined(self) -> Drawn:
-        return Drawn(*(np.concatenate(parts)[: self.num_tokens] for parts in zip(*self._drawn, strict=True)))
+    def _joined(self) -> Piece:
+        return Piece(*(np.concatenate(parts)[: self.num_tokens] for parts in zip(*self._pieces, strict=True)))
 
     def _decode(self, count: int) -> str:
-        tokens = np.concatenate([drawn.tokens for drawn in self._drawn])[:count]
-        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        tokens = np.concatenate([piece.tokens for piece in self._pieces])[:count]
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _cut(self, at: int, known: int) -> None:
         """Drops the text from `at` on, and the tokens behind the one that completed the stop string."""
