@@ -16,6 +16,7 @@ from jaxlm import checkpoints
 from jaxlm.config import Pretrained, RunConfig, claim_directory
 from jaxlm.data.preparation import prepare
 from jaxlm.data.prepared import Prepared, open_prepared
+from jaxlm.data.sources import Records
 from jaxlm.data.stream import batches, finite_batches
 from jaxlm.data.tokenizers import byte_tokenizer, digest
 from jaxlm.nn.axes import logical_axes
@@ -108,9 +109,9 @@ def make_job(
         task_names=config.data.task_names,
         options=config.run,
         mesh=mesh,
-        batches=lambda tasks=None, weights=None: batches(
+        batches=lambda tasks=None, weights=None, rows=None: batches(
             train_rows,
-            batch_size=config.run.batch_size,
+            batch_size=config.run.batch_size if rows is None else rows,
             seed=config.run.seed,
             tasks=tasks,
             weights=config.data.weights if weights is None else weights,
@@ -121,6 +122,8 @@ def make_job(
         describe=train_rows.describe,
         rows={name: train_rows.num_rows(name) for name in config.data.task_names if train_rows.num_rows(name)},
         scores=scores,
+        tokenizer=lambda: load_tokenizer(config),
+        record=Records([task.train for task in config.data.tasks]),
     )
 
 

@@ -17,6 +17,7 @@ __getattr__, __dir__ = attach(
         "Parquet": "config",
         "Prepared": "prepared",
         "Procedural": "config",
+        "ProceduralPairs": "config",
         "ReasoningGym": "config",
         "Rows": "config",
         "Source": "config",

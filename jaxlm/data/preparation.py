@@ -19,7 +19,7 @@ from jaxlm.data.config import DataConfig, Source
 from jaxlm.data.encode import Encoded, Encoder
 from jaxlm.data.packing import PACKINGS
 from jaxlm.data.prepared import ARRAYS, FORMAT, Prepared, open_prepared, sha256
-from jaxlm.data.records import BadRecord, Text, describe, parse, question
+from jaxlm.data.records import BadRecord, Completion, Preference, Text, describe, parse, question
 from jaxlm.data.sources import Reader, open_source
 
 log = logging.getLogger("jaxlm.data")
@@ -102,10 +102,10 @@ def _publish(unfinished: Path, folder: Path) -> None:
 
 
 class _Item(NamedTuple):
-    """A usable record; `number` is its place in the source."""
+    """A usable record; `number` is its place in the source. A preference has two parts, chosen and rejected."""
 
     number: int
-    encoded: Encoded
+    parts: list[Encoded]
 
 
 def _write_task(
@@ -115,26 +115,32 @@ def _write_task(
     name = config.task_names[number]
     skipped: dict[str, dict[str, Any]] = {}
     lengths, offsets, records = [], [], []
+    units: list[int] = []  # of each segment; those of one number share a row, in this order
     counts: Counter[str] = Counter()
     sample = ""
     paths = {array: folder / f"{number}.{array}.npy" for array in ARRAYS}
     with _Column(paths["tokens"], np.int32) as tokens, _Column(paths["trained"], np.bool_) as trained:
         for item in _items(name, config, encoder, reader, other, skipped) if reader else ():
-            sample = sample or _sample(encoder, item.encoded)
+            sample = sample or " and ".join(_sample(encoder, part) for part in item.parts)
             counts["records"] += 1
-            counts["trained_tokens"] += int(item.encoded.trained.sum())
-            for start, length in _pieces(len(item.encoded.tokens), config.length):
-                lengths.append(length)
-                offsets.append(tokens.length + start)
-                records.append(item.number)
-            tokens.append(item.encoded.tokens)
-            trained.append(item.encoded.trained)
+            first = len(units)
+            for part in item.parts:
+                counts["trained_tokens"] += int(part.trained.sum())
+                for start, length in _pieces(len(part.tokens), config.length):
+                    units.append(first if len(item.parts) > 1 else len(units))
+                    lengths.append(length)
+                    offsets.append(tokens.length + start)
+                    records.append(item.number)
+                tokens.append(part.tokens)
+                trained.append(part.trained)
     for reason, entry in skipped.items():
         log.warning("task %s: %d records skipped (%s), first: %s", name, entry["count"], reason, entry["first"])
     if reader and not records:
         reasons = "; ".join(f"{entry['count']} {reason}, first: {entry['first']}" for reason, entry in skipped.items())
         raise ValueError(f"task {name!r} has no usable record: {reasons or 'its source is empty'}")
-    rows = PACKINGS[config.packing](lengths, config.length)
+    _, which = np.unique(np.array(units, np.int64), return_inverse=True)
+    together = np.bincount(which, lengths).astype(int).tolist()
+    rows = PACKINGS[config.packing](together, config.length)[which]
     order = np.argsort(rows, kind="stable")
     segments = np.array([offsets, lengths, records], np.int64).reshape(3, -1).T[order]
     num_rows = int(rows.max(initial=-1)) + 1
@@ -180,7 +186,7 @@ def _items(
             if asked and _digest(question(parsed)) in asked:
                 skip("seen in training", place)
                 continue
-            encoded = encoder.encode(parsed)
+            parts = [encoder.encode(part) for part in _parts(parsed)]
         except BadRecord as error:
             message = f"{place}: {error} (task {name!r})"
             if config.on_bad == "error":
@@ -188,16 +194,22 @@ def _items(
             skip(error.reason, message)
             continue
         divisible = config.on_long == "split" and isinstance(parsed, Text)
-        if len(encoded.tokens) > config.length and not divisible:
-            message = (
-                f"{place}: {len(encoded.tokens)} tokens are longer than the window of {config.length} (task {name!r})"
-            )
+        count = sum(len(part.tokens) for part in parts)
+        if count > config.length and not divisible:
+            message = f"{place}: {count} tokens are longer than the window of {config.length} (task {name!r})"
             if config.on_long != "skip":
                 remedy = "on_long='skip' counts and skips such records, 'split' divides texts"
                 raise ValueError(f"{message}; {remedy}")
             skip("too long", message)
             continue
-        yield _Item(index, encoded)
+        yield _Item(index, parts)
+
+
+def _parts(parsed: Any) -> list[Any]:
+    """What of a record is encoded by itself."""
+    if isinstance(parsed, Preference):
+        return [Completion(parsed.prompt, answer) for answer in (parsed.chosen, parsed.rejected)]
+    return [parsed]
 
 
 def _questions(reader: Reader) -> frozenset[bytes]:

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxlm.data.config import Procedural
+from jaxlm.data.config import Procedural, ProceduralPairs
 
 VERSION = 1  # raise it when a generator's items change: prepared data is made anew
 
@@ -157,9 +157,35 @@ class Exercises:
         if not 0 <= index < self._source.size:
             raise IndexError(f"item {index} of {self._source.size}")
         name = f"{self._source.generator}/{self._source.seed}/{index}"
-        rng = random.Random(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little"))
-        prompt, completion = self._generate(rng, **self._source.options)
+        prompt, completion = self._generate(_rng(name), **self._source.options)
         return {"prompt": prompt, "completion": completion}
+
+
+class Pairs:
+    """The items of a `ProceduralPairs` source, by index: the exercise of that index, and an answer that is wrong.
+
+    >>> Pairs(ProceduralPairs(generator="sorting", size=10, options={"count": 3}))[0]
+    {'prompt': 'sort 4 1 7=', 'chosen': ' 1 4 7', 'rejected': ' 5 4 7'}
+    """
+
+    def __init__(self, source: ProceduralPairs):
+        self._exercises = Exercises(Procedural(**vars(source)))
+        self._name = f"wrong/{source.generator}/{source.seed}"
+
+    def __len__(self) -> int:
+        return len(self._exercises)
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        exercise = self._exercises[index]
+        rng, answer = _rng(f"{self._name}/{index}"), exercise["completion"]
+        at = rng.choice([place for place, letter in enumerate(answer) if letter.isalnum()])
+        others = "0123456789" if answer[at].isdigit() else _ALPHABET
+        wrong = rng.choice(others.replace(answer[at], ""))
+        return {"prompt": exercise["prompt"], "chosen": answer, "rejected": answer[:at] + wrong + answer[at + 1 :]}
+
+
+def _rng(name: str) -> random.Random:
+    return random.Random(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little"))
 
 
 def score(answer: str, record: Mapping[str, Any]) -> float:

@@ -29,6 +29,14 @@ class Completion(NamedTuple):
     completion: str
 
 
+class Preference(NamedTuple):
+    """A prompt and two answers to it, the better one first."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
 class Text(NamedTuple):
     """A document, learnt as a whole."""
 
@@ -53,8 +61,10 @@ def describe(places: Sequence[Sequence[Any]], index: int) -> str:
     return f"{name}:{index - first + 1}" if unit == "line" else f"{name} {unit} {index - first}"
 
 
-def parse(record: Any) -> Chat | Completion | Text:
-    """The record as one of the three kinds: messages before prompt/completion before text. Other fields are ignored.
+def parse(record: Any) -> Chat | Completion | Preference | Text:
+    """The record as one of four kinds: messages, prompt/chosen/rejected, prompt/completion, text; the first that it has.
+
+    Other fields are ignored.
 
     Raises: BadRecord, naming the field or role at fault.
 
@@ -65,6 +75,8 @@ def parse(record: Any) -> Chat | Completion | Text:
         raise BadRecord("not an object", f"a record must be an object with named fields, got {type(record).__name__}")
     if record.get("messages") is not None:
         return _chat(record["messages"])
+    if record.get("chosen") is not None or record.get("rejected") is not None:
+        return _preference(*(_text(record, name) for name in Preference._fields))
     if record.get("prompt") is not None or record.get("completion") is not None:
         prompt, completion = _text(record, "prompt"), _text(record, "completion")
         if not prompt:
@@ -79,20 +91,32 @@ def parse(record: Any) -> Chat | Completion | Text:
         return Text(text)
     raise BadRecord(
         "missing field",
-        f"a record needs 'messages', 'prompt' and 'completion', or 'text'; this one has {sorted(map(str, record))}. "
+        "a record needs 'messages', 'prompt' with 'completion' or with 'chosen' and 'rejected', or 'text'; this one has "
+        f"{sorted(map(str, record))}. "
         "Other names are given by the source's `fields`",
     )
 
 
-def question(parsed: Chat | Completion | Text) -> str:
+def question(parsed: Chat | Completion | Preference | Text) -> str:
     """What is asked: the prompt, the messages before the last one, or the text: what makes an exercise the same."""
     match parsed:
         case Chat(messages):
             return "\n".join(f"{message['role']}: {message['content']}" for message in messages[:-1])
-        case Completion(prompt, _):
+        case Completion(prompt, _) | Preference(prompt, _, _):
             return prompt.strip()
         case Text(text):
             return text.strip()
+
+
+def _preference(prompt: str, chosen: str, rejected: str) -> Preference:
+    if not prompt:
+        raise BadRecord("empty prompt", "prompt is empty: nothing tells what the answers are to")
+    for name, answer in {"chosen": chosen, "rejected": rejected}.items():
+        if not answer.strip():
+            raise BadRecord("empty completion", f"{name} is empty: there is nothing to prefer")
+    if chosen == rejected:
+        raise BadRecord("equal answers", "chosen and rejected are the same text: there is nothing to prefer")
+    return Preference(prompt, chosen, rejected)
 
 
 def _text(record: Mapping[str, Any], name: str) -> str:

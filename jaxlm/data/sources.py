@@ -10,13 +10,23 @@ import json
 import os
 import pathlib
 import pydoc_data.topics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow.parquet
 
 from jaxlm.data import procedural
-from jaxlm.data.config import Hub, JsonLines, LongText, Parquet, Procedural, ReasoningGym, Rows, Source
+from jaxlm.data.config import (
+    Hub,
+    JsonLines,
+    LongText,
+    Parquet,
+    Procedural,
+    ProceduralPairs,
+    ReasoningGym,
+    Rows,
+    Source,
+)
 from jaxlm.data.records import BadRecord, Place
 
 Numbered = Iterator[tuple[int, Any]]  # (index in the source, record); a BadRecord stands for one that cannot be read
@@ -37,6 +47,27 @@ def open_source(source: Source) -> Reader:
     Raises: ValueError or ImportError, naming the file, generator or package that is missing.
     """
     return _READERS[type(source)](source)
+
+
+class Records:
+    """Records as their sources have them, by `(task id, record id)` of a batch; a source is read when first asked for.
+
+    >>> from jaxlm.data.config import Rows
+    >>> Records([Rows(records=({"prompt": "1+1=", "completion": "2", "level": 3},))])(0, 0)["level"]
+    3
+    """
+
+    def __init__(self, sources: Sequence[Source | None]):
+        self._sources = sources
+        self._read: dict[int, dict[int, Any]] = {}
+
+    def __call__(self, task_id: int, record_id: int) -> Any:
+        if task_id not in self._read:
+            source = self._sources[task_id]
+            if source is None:
+                raise ValueError(f"task {task_id} has no source to read record {record_id} from")
+            self._read[task_id] = dict(open_source(source).records())
+        return self._read[task_id][record_id]
 
 
 _BLANK = object()  # a place without a record: it counts, so that places stay line numbers
@@ -101,8 +132,8 @@ def _hub(source: Hub) -> Reader:
     return Reader(identity, records, [Place(0, f"{source.name}[{source.split}]", "row")])
 
 
-def _procedural(source: Procedural) -> Reader:
-    exercises = procedural.Exercises(source)
+def _procedural(source: Procedural | ProceduralPairs) -> Reader:
+    exercises: Any = procedural.Exercises(source) if isinstance(source, Procedural) else procedural.Pairs(source)
     identity = {**_definition(source), "version": procedural.VERSION}
     return Reader(
         identity,
@@ -183,6 +214,7 @@ _READERS: Mapping[type, Callable[[Any], Reader]] = {
     Parquet: _parquet,
     Hub: _hub,
     Procedural: _procedural,
+    ProceduralPairs: _procedural,
     ReasoningGym: _reasoning_gym,
     Rows: _rows,
     LongText: _long_text,

@@ -38,13 +38,16 @@ class Job:
       task_names: index = task id in the batches.
       options: steps, batch size, seed, directory and intervals.
       mesh: of all devices of all processes.
-      batches: `(tasks=None, weights=None) -> stream` of training batches, endless; None: the configured mixture.
+      batches: `(tasks=None, weights=None, rows=None) -> stream` of training batches, endless; None: the configured
+        mixture, and the rows of an update.
       held_out: `() -> iterable` of evaluation batches, each held-out row once.
       reporter: where metrics and events go.
       describe: `(task_id, record_id) -> str`, a record's place in its source.
       rows: task -> rows to train on, of those that have any.
       scores: the run's held-out scores by record and stage; column 0 comes before training.
       kept: what `once` made in a run without a directory.
+      tokenizer: `() -> tokenizer` of the data.
+      record: `(task_id, record_id) -> record` as the task's training source has it.
     """
 
     model: Model
@@ -59,6 +62,8 @@ class Job:
     rows: Mapping[str, int]
     scores: Scores
     kept: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: Callable[[], Any] | None = None
+    record: Callable[[int, int], Any] | None = None
 
     def evaluate(self, model: Model, params: Params) -> dict[str, float]:
         """Held-out metrics: loss, and per task loss, perplexity and exact match."""

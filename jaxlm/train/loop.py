@@ -187,13 +187,10 @@ class _Run:
 
     def open(self, records: Any, stream_state: Any) -> None:
         """Begins the stream of batches, where `stream_state` says."""
-        if stream_state is not None and hasattr(records, "set_state"):
-            records.set_state(stream_state)
         self.batches = iter(self.phase.batches(records, lambda: self.state.params))
-        self.stream: Any = records
-        if hasattr(self.batches, "get_state"):
-            self.stream = self.batches
-        if stream_state is not None and not hasattr(records, "set_state"):
+        # Batches that keep a state of their own (a rollout half used) keep that of the records in it.
+        self.stream: Any = self.batches if hasattr(self.batches, "get_state") else records
+        if stream_state is not None:
             self.stream.set_state(stream_state)
         if self.saves and not hasattr(self.stream, "get_state"):
             raise ValueError(
