@@ -26,6 +26,7 @@ FLAX = {"nn", "checkpoints"}
 OPTAX = {"transforms", "train", "methods"}
 OPTIONAL = {
     "gguf",
+    "math_verify",
     "reasoning_gym",
     "torch",
 }  # what extras install; imported where used, with an error naming the extra
