@@ -2,7 +2,7 @@
 """The five laws that every method obeys, by the table METHODS: to be in it is to be tested.
 
 A method is tested as its `tiny()` makes it, where it has one (numbers that move a tiny model within 20 updates), else
-with its defaults.
+with its defaults, on batches of text as its `tiny_batch` makes them its own, where it has one.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Rows:
     """Batches of the next token of a counting rhyme; `fixed` gives one batch for ever."""
 
     def __init__(self, fixed=False):
-        self.step, self.fixed, self.seen = 0, fixed, []
+        self.step, self.fixed, self.seen, self.change = 0, fixed, [], lambda batch: batch
 
     def __iter__(self):
         return self
@@ -46,7 +46,7 @@ class Rows:
         shape = rows, length = (16, 16)
         lengths = draw.integers(4, length + 1, (rows, 1))
         inside = np.arange(length)[None, :] < lengths
-        return {
+        batch = {
             "tokens": ((draw.integers(0, 64, (rows, 1)) + 3 * np.arange(length)) % 64).astype(np.int32),
             "loss_weights": (inside & (np.arange(length) > 1)[None, :]).astype(np.float32),
             "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape).copy(),
@@ -54,6 +54,7 @@ class Rows:
             "task_ids": np.repeat(draw.integers(0, 2, (rows, 1)).astype(np.int32), length, axis=1),
             "record_ids": np.where(inside, 0, -1).astype(np.int32),
         }
+        return self.change(batch)
 
     def get_state(self):
         return {"step": self.step}
@@ -112,6 +113,7 @@ def start(request):
 
         def run(rows=None, **options):
             reporter, rows = Losses(), rows or Rows()
+            rows.change = getattr(method, "tiny_batch", rows.change)
             options = RunOptions(**({"steps": STEPS, "batch_size": 16, "log_every": 1} | options))
             state = train(phase, weights(), rows, options=options, mesh=mesh, reporter=reporter)
             return types.SimpleNamespace(state=state, objectives=reporter.objectives, seen=rows.seen)

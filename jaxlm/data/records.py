@@ -62,7 +62,7 @@ def describe(places: Sequence[Sequence[Any]], index: int) -> str:
 
 
 def parse(record: Any) -> Chat | Completion | Preference | Text:
-    """The record as one of four kinds: messages, prompt/chosen/rejected, prompt/completion, text; the first that it has.
+    """The record as the first of four kinds: messages, prompt/chosen/rejected, prompt/completion, text.
 
     Other fields are ignored.
 
@@ -91,9 +91,8 @@ def parse(record: Any) -> Chat | Completion | Preference | Text:
         return Text(text)
     raise BadRecord(
         "missing field",
-        "a record needs 'messages', 'prompt' with 'completion' or with 'chosen' and 'rejected', or 'text'; this one has "
-        f"{sorted(map(str, record))}. "
-        "Other names are given by the source's `fields`",
+        "a record needs 'messages', 'prompt' and 'completion', 'prompt', 'chosen' and 'rejected', or 'text'; this one "
+        f"has {sorted(map(str, record))}. Other names are given by the source's `fields`",
     )
 
 

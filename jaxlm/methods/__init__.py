@@ -3,11 +3,22 @@
 
 from jaxlm.methods.cpi_ft import CpiFt
 from jaxlm.methods.dpi import Dpi
+from jaxlm.methods.dpo import Dpo
 from jaxlm.methods.epi import Epi
 from jaxlm.methods.ewc import Ewc
+from jaxlm.methods.grpo import Grpo
 from jaxlm.methods.multi_stage import MultiStage
 from jaxlm.methods.sft import Sft
 
-METHODS = {"sft": Sft, "multi_stage": MultiStage, "epi": Epi, "dpi": Dpi, "cpi_ft": CpiFt, "ewc": Ewc}
+METHODS = {
+    "sft": Sft,
+    "multi_stage": MultiStage,
+    "epi": Epi,
+    "dpi": Dpi,
+    "cpi_ft": CpiFt,
+    "ewc": Ewc,
+    "grpo": Grpo,
+    "dpo": Dpo,
+}
 
-__all__ = ["METHODS", "CpiFt", "Dpi", "Epi", "Ewc", "MultiStage", "Sft"]
+__all__ = ["METHODS", "CpiFt", "Dpi", "Dpo", "Epi", "Ewc", "Grpo", "MultiStage", "Sft"]

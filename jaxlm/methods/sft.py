@@ -15,7 +15,7 @@ from jaxlm.nn.lora import adapted, add_lora, merge_drift, merge_lora
 from jaxlm.train.mesh import rows
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.options import AdamW
-from jaxlm.train.phase import LossFn, Phase
+from jaxlm.train.phase import LossFn, Params, Phase
 from jaxlm.transforms.frozen import freeze
 
 if TYPE_CHECKING:  # a phase in someone else's loop needs neither the loop nor Orbax: 0.2 GiB
@@ -72,14 +72,17 @@ class Sft:
         """Trains on the job's mixture; returns the parameters, adapters merged, and reports the merge's drift."""
         model = self.model(job.model)
         phase = self.phase(model, num_tasks=len(job.task_names), steps=job.options.steps)
-        state = job.train(phase, model=model)
+        return self.merged(job, model, phase, job.train(phase, model=model).params)
+
+    def merged(self, job: "Job", model: Model, phase: Phase, params: Params) -> Params:
+        """The parameters after a run: as they are, or with the adapters merged and the merge's drift reported."""
         if self.lora is None:
-            return state.params
-        merged = jax.jit(phase.finish)(state.params)
+            return params
+        merged = jax.jit(phase.finish)(params)
         # A few tokens of every held-out row: enough to see a drift, and never all logits of a batch.
         tokens = next(iter(job.held_out()))["tokens"][:, :16]
         tokens = jax.make_array_from_process_local_data(rows(job.mesh), tokens)
-        drift = merge_drift(model, state.params, merged, tokens)
+        drift = merge_drift(model, params, merged, tokens)
         job.reporter.event("merge", step=job.options.steps, logit_drift=float(drift))
         return merged
 
