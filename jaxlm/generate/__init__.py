@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling and scoring: one protocol, an embedded sampler that shares the parameters of training."""
+"""Sampling and scoring: one protocol, an embedded sampler that shares the parameters of training, a server."""
 
 from jaxlm._lazy import attach
 
@@ -8,7 +8,11 @@ __getattr__, __dir__ = attach(
     {
         "Completion": "engine",
         "Engine": "engine",
+        "Patience": "http_client",
+        "RemoteEngine": "remote",
         "Sampler": "sampler",
         "Sampling": "engine",
+        "Server": "server",
+        "open_sampler": "from_disk",
     },
 )
