@@ -117,11 +117,15 @@ class RemoteEngine:
                 with lock:
                     stream(i, sample, text)
 
+        def say_all(i: int, choice: int, text: str) -> None:
+            for n in range(choice, sampling.num_samples, _asked(sampling)):  # one choice may stand for all samples
+                say(i, n, text)
+
         def ask(i: int, post: Callable[..., Any]) -> Any:
             path, body = requests[i]
             if stream is None:
                 return _choices(post(path, body), sampling)
-            gathered = _Gathered(sampling.num_samples, lambda sample, text: say(i, sample, text))
+            gathered = _Gathered(_asked(sampling), lambda choice, text: say_all(i, choice, text))
             more = {"stream": True}
             post(path, body | more, event=gathered.add, restart=gathered.restart)
             return _choices(gathered.whole(), sampling)
@@ -186,7 +190,7 @@ class RemoteEngine:
         seed = hashlib.sha256(f"{sampling.seed}/{place}".encode()).digest()[:4]
         body: dict[str, Any] = {
             "model": self._model,
-            "n": sampling.num_samples,
+            "n": _asked(sampling),
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -299,15 +303,20 @@ class _Gathered:
         return {"choices": [self._choices[n] for n in sorted(self._choices)]}
 
 
+def _asked(sampling: Sampling) -> int:
+    """Samples to ask for: at temperature 0 all are one, and vLLM refuses to make more."""
+    return 1 if sampling.temperature == 0 else sampling.num_samples
+
+
 def _choices(answer: Mapping[str, Any], sampling: Sampling) -> list[dict[str, Any]]:
     """What is kept of an answer: of each choice text, ids, log-probs (None: not told) and why it ended."""
     try:
         found = sorted(answer["choices"], key=lambda choice: choice["index"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"the server's answer has no choices: {str(answer)[:200]}") from error
-    if len(found) != sampling.num_samples:
-        raise ValueError(f"the server gave {len(found)} samples where {sampling.num_samples} were asked for")
-    return [_choice(choice, sampling) for choice in found]
+    if len(found) != _asked(sampling):
+        raise ValueError(f"the server gave {len(found)} samples where {_asked(sampling)} were asked for")
+    return [_choice(found[n % len(found)], sampling) for n in range(sampling.num_samples)]
 
 
 def _choice(choice: Mapping[str, Any], sampling: Sampling) -> dict[str, Any]:

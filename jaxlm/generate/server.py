@@ -175,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
             work.cancelled.set()  # no-one waits any more, if it did not end
 
     def _bytes(self) -> bytes:
-        length = self.headers.get("Content-Length", "")
+        length = "" if "Transfer-Encoding" in self.headers else self.headers.get("Content-Length", "")
         if not (length.isdecimal() and int(length) <= MOST_BYTES):
             self.close_connection = True  # what follows is no request
             if not length.isdecimal():

@@ -142,6 +142,20 @@ def test_a_stream_hands_out_the_same_text(ours):
             same(one, two)
 
 
+def test_at_temperature_0_one_answer_is_all_samples():
+    said = []
+    with scripted(lambda n, body, _: stream_of("ab", body, end=True) if "stream" in body else good(body)) as (
+        url,
+        asked,
+    ):
+        engine, how = RemoteEngine(url, "m"), Sampling(num_samples=3, temperature=0)
+        assert [completion.text for completion in engine.sample(["x"], how)[0]] == ["x/0"] * 3
+        streamed = engine.sample(["x"], how, stream=lambda i, n, text: said.append((n, text)))
+        assert [completion.text for completion in streamed[0]] == ["ab"] * 3
+    assert [body["n"] for body in asked] == [1, 1]
+    assert said == [(n, text) for text in "ab" for n in range(3)]
+
+
 def test_what_the_server_does_not_tell_is_marked():
     told = {"token_logprobs": [-1.0, -2.0], "tokens": ["a", "b"]}
     choice = {"index": 0, "text": "ab", "finish_reason": "stop", "logprobs": told}
