@@ -31,6 +31,10 @@ _NUMBER = re.compile(
     re.IGNORECASE,
 )
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_DEGREES = re.compile(r"\^(?:\{\s?\\circ\s?\}|\\circ(?![a-zA-Z]))")
+_GOES_ON = re.compile(r"\s{0,2}(?:\\(?:sqrt|pi|infty|ln|log|sin|cos|tan)(?![a-zA-Z])|[\u221a\u03c0^])")
+_UNDER_A_ROOT = re.compile(r"(?:\\sqrt(?:\[[^\]]{0,8}\])?\s{0,2}\{?|\u221a\(?)\Z")
+_SEVERAL = re.compile(r"[\s$]*(?:\\left)?[(\[{\\].*,.*(?:[)\]}])[\s$]*", re.DOTALL)
 _EQUALS = re.compile(r"=|\u2248|\\approx")
 
 
@@ -51,7 +55,8 @@ class NumericMatch:
     10^6, 45%, $5, 3 million. Units and other words around a number are ignored and nothing is converted: 5 km is 5 m.
     A comma before other than three digits ends a number (3,14 is 3 and 14). Which number of a text counts: the
     one it marks (a box, tags, ####, "the answer is"), there the first one after the last equals sign; without a
-    marker the last one of the text. A number of over 1,000 digits or an exponent beyond 400 is no answer.
+    marker the last one of the text. A number of over 1,000 digits, an exponent beyond 400, and a number that goes
+    on as an expression (2\sqrt{2}, 3\pi) are no answer.
 
     Attributes:
       relative: >= 0, share of the reference.
@@ -84,8 +89,11 @@ class NumericMatch:
         right = []
         for reference in references(record, self.field):
             value = found_number(reference, "marked")
-            if value is None:
-                raise BadRecord("no number", f"the reference {reference!r:.80} holds no number to compare with")
+            if value is None or _is_several(reference):
+                raise BadRecord(
+                    "no number",
+                    f"the reference {reference!r:.80} holds no number to compare with; MathMatch compares expressions",
+                )
             right.append(value)
         found = found_number(text, self.where)
         return float(found is not None and any(self._agree(found, value) for value in right))
@@ -125,7 +133,7 @@ def found_number(text: str, where: str = "marked") -> Value | None:
 
 
 def numbers(text: str) -> list[Value | None]:
-    """All numbers of a text in their order; None stands for one that is too long, or divided by zero.
+    """All numbers of a text in their order; None stands for one too long, divided by zero, or inside an expression.
 
     >>> [str(value.number) for value in numbers("-3 of 1,000 or 2/4 of 1.5e1")]
     ['-3', '1000', '1/2', '15']
@@ -135,6 +143,8 @@ def numbers(text: str) -> list[Value | None]:
     whole_end = -2  # of a whole number that a fraction may follow
     for match in _NUMBER.finditer(text):
         value = _value(match)
+        if _GOES_ON.match(text, match.end()) or _UNDER_A_ROOT.search(text[max(0, match.start() - 20) : match.start()]):
+            value = None  # a piece of an expression
         if value is not None and value.number >= 0 and _negative(text, match.start()):
             value = Value(-value.number, value.percent)
         mixed = match["second"] and match.start() == whole_end + 1 and text[whole_end] == " "
@@ -156,9 +166,17 @@ def _first(text: str) -> Value | None:
     return found[0] if found else None
 
 
+def _is_several(reference: str) -> bool:
+    """A pair, an interval or a set, which one number cannot stand for."""
+    found = marked(reference)
+    text = reference if found is None else found.text
+    return len(text) < _MOST_DIGITS and bool(_SEVERAL.fullmatch(text)) and len(numbers(text)) > 1
+
+
 def _plain(text: str) -> str:
     """With one spelling for minus, superscripts, thousands and LaTeX fractions."""
     text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\,", "\u2009").replace("\\!", "")
+    text = _DEGREES.sub("", text)
     text = _SUPERSCRIPT.sub(lambda match: "^" + match[0].translate(_SUPERSCRIPTS), text)
 
     def fraction(match: re.Match[str]) -> str:

@@ -57,6 +57,14 @@ from jaxlm.rewards.numeric import found_number, numbers
         ("9" * 1001, None),
         ("9^400", str(9**400)),
         ("99999^400", None),
+        (r"2\sqrt{2}", None),
+        (r"\boxed{\sqrt{2}}", None),
+        ("\u221a2", None),
+        (r"3\pi", None),
+        ("10^{2^n}", None),
+        ("2^n", None),
+        (r"45^\circ", "45"),
+        (r"45^{\circ}", "45"),
     ],
 )
 def test_numbers_are_read_in_the_forms_people_write(text, number):
@@ -100,6 +108,7 @@ def test_the_tolerance_is_the_one_stated():
     assert NumericMatch(relative=0.01)("101", {"answer": "100"}) == 1.0
     assert NumericMatch(relative=0.01)("101.1", {"answer": "100"}) == 0.0
     assert NumericMatch(relative=0.0, absolute=0.25)("100.25", {"answer": "100"}) == 1.0
+    assert NumericMatch(relative=0.01, absolute=1.0)("101.5", {"answer": "100"}) == 0.0, "the larger one, not both"
     assert NumericMatch(relative=0.0)("100.0000000001", {"answer": "100"}) == 0.0
     assert NumericMatch()("0.0000001", {"answer": "0"}) == 0.0, "nothing is near 0 but by an absolute tolerance"
     assert NumericMatch(relative=0.0)("0.1 + 0.2 = 0.30", {"answer": "3/10"}) == 1.0, "fractions are exact"
@@ -113,6 +122,13 @@ def test_a_percent_sign_means_what_the_option_says(percent, equal):
     for text in ("45%", "45", "0.45"):
         assert verifier(text, {"answer": "45%"}) == float(text in equal)
         assert verifier("45 percent", {"answer": text}) == float(text in equal)
+
+
+@pytest.mark.parametrize("reference", [r"2\sqrt{2}", "$[-1, 0)$", "(1, 2)", r"\boxed{\{1, 2\}}", "10^{2^n}"])
+def test_a_reference_that_is_no_single_number_is_refused(reference):
+    with pytest.raises(BadRecord, match="MathMatch compares expressions"):
+        NumericMatch()("2", {"answer": reference})
+    assert NumericMatch()("1200", {"answer": "(1,200)"}) == 1.0
 
 
 def test_any_of_several_references_will_do_and_one_without_a_number_is_refused():

@@ -133,6 +133,11 @@ def test_a_calibrated_model_has_a_smaller_error_than_a_boastful_one():
     assert honest.error.low <= honest.error.mean <= honest.error.high + 0.01
 
 
+def test_too_sure_and_too_shy_do_not_cancel():
+    found = calibration(np.array([0.9, 0.9, 0.1, 0.1]), np.array([0.0, 1.0, 0.0, 1.0]), resamples=20)
+    assert found.error.mean == pytest.approx(0.4)
+
+
 def test_the_ends_of_the_scale_have_a_bin_and_an_empty_bin_says_so():
     found = calibration(np.array([0.0, 1.0]), np.array([0.0, 1.0]), num_bins=4, resamples=20)
     assert [one.answers for one in found.bins] == [1, 0, 0, 1]

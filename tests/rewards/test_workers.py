@@ -187,7 +187,7 @@ def test_keys_of_the_environment_do_not_reach_a_scorer(tmp_path, monkeypatch):
 
 
 def test_what_a_scorer_prints_is_no_reply_and_marks_stay_in_range(tmp_path, monkeypatch):
-    processes = fake_package(tmp_path, monkeypatch, ["print('{\"score\": 1}'); return float(answer)"])
+    processes = fake_package(tmp_path, monkeypatch, ["print('{\"score\": 1}', flush=True); return float(answer)"])
     assert processes.ask([{**ASKED, "text": text} for text in ("0.25", "7", "-1")]) == [0.25, 1.0, 0.0]
     processes.close()
 
