@@ -19,7 +19,7 @@ from jaxlm.data.config import DataConfig, Source
 from jaxlm.data.encode import Encoded, Encoder
 from jaxlm.data.packing import PACKINGS
 from jaxlm.data.prepared import ARRAYS, FORMAT, Prepared, open_prepared, sha256
-from jaxlm.data.records import BadRecord, Completion, Preference, Text, describe, parse, question
+from jaxlm.data.records import BadRecord, Text, describe, parse, parts_of, question
 from jaxlm.data.sources import Reader, open_source
 
 log = logging.getLogger("jaxlm.data")
@@ -186,7 +186,7 @@ def _items(
             if asked and _digest(question(parsed)) in asked:
                 skip("seen in training", place)
                 continue
-            parts = [encoder.encode(part) for part in _parts(parsed)]
+            parts = [encoder.encode(part) for part in parts_of(parsed)]
         except BadRecord as error:
             message = f"{place}: {error} (task {name!r})"
             if config.on_bad == "error":
@@ -203,13 +203,6 @@ def _items(
             skip("too long", message)
             continue
         yield _Item(index, parts)
-
-
-def _parts(parsed: Any) -> list[Any]:
-    """What of a record is encoded by itself."""
-    if isinstance(parsed, Preference):
-        return [Completion(parsed.prompt, answer) for answer in (parsed.chosen, parsed.rejected)]
-    return [parsed]
 
 
 def _questions(reader: Reader) -> frozenset[bytes]:

@@ -96,6 +96,13 @@ def parse(record: Any) -> Chat | Completion | Preference | Text:
     )
 
 
+def parts_of(parsed: Chat | Completion | Preference | Text) -> list[Chat | Completion | Text]:
+    """What of a record is encoded by itself: both answers of a preference, the chosen one first; any other as it is."""
+    if isinstance(parsed, Preference):
+        return [Completion(parsed.prompt, answer) for answer in (parsed.chosen, parsed.rejected)]
+    return [parsed]
+
+
 def question(parsed: Chat | Completion | Preference | Text) -> str:
     """What is asked: the prompt, the messages before the last one, or the text: what makes an exercise the same."""
     match parsed:

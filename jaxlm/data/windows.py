@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxlm.data.config import Source
 from jaxlm.data.encode import Encoder
-from jaxlm.data.records import parse
+from jaxlm.data.records import parse, parts_of
 from jaxlm.data.sources import open_source
 
 
@@ -16,7 +16,8 @@ def text_tokens(source: Source, tokenizer: PreTrainedTokenizerFast) -> np.ndarra
     Raises: `BadRecord`, a ValueError, for a record that cannot be read.
     """
     encoder = Encoder(tokenizer)
-    return np.concatenate([encoder.encode(parse(record)).tokens for _, record in open_source(source).records()])
+    parts = [part for _, record in open_source(source).records() for part in parts_of(parse(record))]
+    return np.concatenate([encoder.encode(part).tokens for part in parts])
 
 
 def windows_of(tokens: np.ndarray, length: int, count: int) -> tuple[np.ndarray, np.ndarray]:

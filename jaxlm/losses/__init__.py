@@ -3,4 +3,15 @@
 
 from jaxlm._lazy import attach
 
-__getattr__, __dir__ = attach(__name__, {"Term": "term", "next_token_terms": "next_token"})
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "Term": "term",
+        "kept_tokens": "policy",
+        "next_token_terms": "next_token",
+        "policy_terms": "policy",
+        "preference_loss": "preference",
+        "preference_terms": "preference",
+        "support_log_probs": "policy",
+    },
+)

@@ -3,33 +3,24 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.data.procedural import score
 from jaxlm.losses.policy import policy_terms, support_log_probs
 from jaxlm.losses.term import Term
 from jaxlm.methods.rollouts import Rollouts
 from jaxlm.methods.sft import Sft
 from jaxlm.nn.config import Lora
 from jaxlm.nn.decoder import Model
+from jaxlm.rewards.matching import ExactMatch
 from jaxlm.train.options import AdamW
 from jaxlm.train.phase import LossFn, Phase
 
 if TYPE_CHECKING:
     from jaxlm.train.job import Job
-
-
-@dataclasses.dataclass(frozen=True)
-class ExactAnswer:
-    """1 where the text is the record's completion, outer white space aside, else 0."""
-
-    def __call__(self, text: str, record: Mapping[str, Any]) -> float:
-        return score(text, record)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +34,7 @@ class Grpo:
     Attributes:
       optimizer: AdamW's numbers and schedule.
       lora: adapters to train in place of the parameters.
-      reward: `(text, record) -> float`, any dataclass that is called so.
+      reward: `(text, record) -> float`, a verifier of `jaxlm.rewards` or any dataclass that is called so; of any size.
       group_size: samples of a prompt, >= 2.
       updates: made on one rollout, >= 1; only from the second on is a ratio other than 1.
       max_tokens: of a sample.
@@ -61,7 +52,7 @@ class Grpo:
 
     optimizer: AdamW = AdamW()
     lora: Lora | None = None
-    reward: Any = ExactAnswer()
+    reward: Any = ExactMatch()
     group_size: int = 8
     updates: int = 1
     max_tokens: int = 64

@@ -17,6 +17,7 @@ from jaxlm.generate.engine import Completion, Sampling
 from jaxlm.generate.sampler import Sampler
 from jaxlm.losses.policy import kept_tokens, support_log_probs
 from jaxlm.nn.decoder import Model
+from jaxlm.rewards.verifier import InBatches
 from jaxlm.train.mesh import rows
 from jaxlm.train.phase import Params
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from jaxlm.methods.grpo import Grpo
     from jaxlm.train.job import Job
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]  # of NumPy arrays
 
 
 class Advantages(NamedTuple):
@@ -131,7 +132,7 @@ class Rollouts:
             seed=_seed(self._job.options.seed, self._rollouts),
         )
         samples = self._sampler.sample([prompt.tokens.tolist() for prompt in prompts], sampling)
-        rewards = np.array([self._rewards(p, group) for p, group in zip(prompts, samples, strict=True)])
+        rewards = self._rewards(prompts, samples)
         batch = assemble(prompts, samples, rewards, T, method=method)
         placed = {name: jax.device_put(x, rows(self._job.mesh)) for name, x in batch.items() if x.ndim == 2}
         if method.top_p < 1 or method.top_k is not None or method.min_p > 0:
@@ -158,11 +159,20 @@ class Rollouts:
             )
         return Prompt(rows_PT["tokens"][row, :begin], self._record(task_id, record_id), task_id, record_id)
 
-    def _rewards(self, prompt: Prompt, group: Sequence[Completion]) -> list[float]:
-        found = [float(self._method.reward(completion.text, prompt.record)) for completion in group]
-        if not np.all(np.isfinite(found)):
-            place = self._job.describe(prompt.task_id, prompt.record_id)
-            raise ValueError(f"{place}: rewards must be finite, got {found} from {self._method.reward!r}")
+    def _rewards(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Completion]]) -> np.ndarray:
+        """[P, G], of the method's verifier."""
+        reward = self._method.reward
+        texts = [completion.text for group in samples for completion in group]
+        records = [prompt.record for prompt, group in zip(prompts, samples, strict=True) for _ in group]
+        if isinstance(reward, InBatches):
+            found = np.asarray(reward.many(texts, records), np.float64)
+        else:
+            found = np.array([reward(*pair) for pair in zip(texts, records, strict=True)], np.float64)
+        found = found.reshape(len(prompts), -1)
+        for prompt, group in zip(prompts, found, strict=True):
+            if not np.all(np.isfinite(group)):
+                place = self._job.describe(prompt.task_id, prompt.record_id)
+                raise ValueError(f"{place}: rewards must be finite, got {group.tolist()} from {reward!r}")
         return found
 
 

@@ -172,6 +172,7 @@ class _Run:
 
     interval: Interval
     batches: Iterator
+    stream: Any
 
     def __init__(self, phase, stage, state, step, last, options, mesh, likes, saves, reporter, describe):
         self.phase, self.stage, self.state, self.step, self.last = phase, stage, state, step, last
@@ -189,7 +190,7 @@ class _Run:
         """Begins the stream of batches, where `stream_state` says."""
         self.batches = iter(self.phase.batches(records, lambda: self.state.params))
         # Batches that keep a state of their own (a rollout half used) keep that of the records in it.
-        self.stream: Any = self.batches if hasattr(self.batches, "get_state") else records
+        self.stream = self.batches if hasattr(self.batches, "get_state") else records
         if stream_state is not None:
             self.stream.set_state(stream_state)
         if self.saves and not hasattr(self.stream, "get_state"):

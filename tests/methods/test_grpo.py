@@ -10,9 +10,10 @@ import pytest
 from jaxlm.config import RunConfig
 from jaxlm.data.config import DataConfig, Procedural, Rows, Task
 from jaxlm.losses.policy import support_log_probs
-from jaxlm.methods.grpo import ExactAnswer, Grpo
+from jaxlm.methods.grpo import Grpo
 from jaxlm.methods.rollouts import Rollouts, group_advantages
 from jaxlm.nn.config import Lora, ModelConfig
+from jaxlm.rewards import ExactMatch
 from jaxlm.run import load_model, load_tokenizer, make_job, open_data
 from jaxlm.train.mesh import make_mesh
 from jaxlm.train.options import AdamW, MeshOptions, RunOptions
@@ -150,7 +151,7 @@ def test_groups_without_spread_are_counted_and_left_out(flat_groups):
 
 def test_a_rollout_without_any_spread_stays_and_teaches_nothing():
     reporter = Lines()
-    method = dataclasses.replace(TINY, reward=ExactAnswer(), kl=0.0)
+    method = dataclasses.replace(TINY, reward=ExactMatch(), kl=0.0)
     job = job_of(method, reporter=reporter, steps=2)
     after = method.run(job)
     assert [line["flat_groups"] for line in reporter.lines] == [1.0, 1.0]
