@@ -13,6 +13,7 @@ from jaxlm.rewards.verifier import references
 
 _MOST_DIGITS = 1000  # longer ones are no answer to anything, and reading them takes time
 _LARGEST_EXPONENT = 400
+_SHORT = 200  # characters of a reference that is nothing but an answer
 
 _SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
 _SUPERSCRIPT = re.compile(r"[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]{1,8}")
@@ -89,7 +90,7 @@ class NumericMatch:
         right = []
         for reference in references(record, self.field):
             value = found_number(reference, "marked")
-            if value is None or _is_several(reference):
+            if value is None or _is_more(reference):
                 raise BadRecord(
                     "no number",
                     f"the reference {reference!r:.80} holds no number to compare with; MathMatch compares expressions",
@@ -163,14 +164,17 @@ def _first(text: str) -> Value | None:
     text = before if numbers(before) else text
     parts = _EQUALS.split(text)
     found = numbers(parts[-1]) or numbers(text)
-    return found[0] if found else None
+    return found[0] if found and None not in found else None
 
 
-def _is_several(reference: str) -> bool:
-    """A pair, an interval or a set, which one number cannot stand for."""
+def _is_more(reference: str) -> bool:
+    """A pair, an interval, a set or an expression, which one number cannot stand for."""
     found = marked(reference)
     text = reference if found is None else found.text
-    return len(text) < _MOST_DIGITS and bool(_SEVERAL.fullmatch(text)) and len(numbers(text)) > 1
+    if len(text) > _SHORT:
+        return False  # a solution, whose last number counts
+    found_there = numbers(text)
+    return None in found_there or (len(found_there) > 1 and bool(_SEVERAL.fullmatch(text)))
 
 
 def _plain(text: str) -> str:

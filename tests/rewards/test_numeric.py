@@ -63,6 +63,8 @@ from jaxlm.rewards.numeric import found_number, numbers
         (r"3\pi", None),
         ("10^{2^n}", None),
         ("2^n", None),
+        (r"\boxed{\frac{\sqrt{6}}{4}}", None),
+        (r"\boxed{2\sqrt{2}-2}", None),
         (r"45^\circ", "45"),
         (r"45^{\circ}", "45"),
     ],
@@ -124,7 +126,10 @@ def test_a_percent_sign_means_what_the_option_says(percent, equal):
         assert verifier("45 percent", {"answer": text}) == float(text in equal)
 
 
-@pytest.mark.parametrize("reference", [r"2\sqrt{2}", "$[-1, 0)$", "(1, 2)", r"\boxed{\{1, 2\}}", "10^{2^n}"])
+@pytest.mark.parametrize(
+    "reference",
+    [r"2\sqrt{2}", "$[-1, 0)$", "(1, 2)", r"$8\sqrt{5} - 16$", r"\frac{\sqrt{6}}{4}", r"\boxed{\{1, 2\}}", "10^{2^n}"],
+)
 def test_a_reference_that_is_no_single_number_is_refused(reference):
     with pytest.raises(BadRecord, match="MathMatch compares expressions"):
         NumericMatch()("2", {"answer": reference})
