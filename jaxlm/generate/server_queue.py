@@ -114,7 +114,6 @@ class DeviceQueue:
             self._stopping, self._until = True, time.monotonic() + grace_seconds
             for work in self._waiting:
                 work.events.put(Event("error", Stopping("the server is stopping: ask another one")))
-            self._waiting.clear()
             self._change.notify()
         self._thread.join(grace_seconds)
 
