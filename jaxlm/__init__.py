@@ -11,7 +11,7 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_PARTS = ("checkpoints", "data", "kernels", "losses", "methods", "nn", "train", "transforms", "weights")
+_PARTS = ("checkpoints", "data", "kernels", "losses", "methods", "nn", "rewards", "train", "transforms", "weights")
 
 
 def __getattr__(name: str) -> ModuleType:
