@@ -11,7 +11,7 @@ from jaxlm.data.config import Procedural, ReasoningGym, Source
 from jaxlm.data.procedural import score
 from jaxlm.data.records import BadRecord, parse, question
 from jaxlm.rewards.answers import Where, answer_text, tail
-from jaxlm.rewards.verifier import Verifier, references
+from jaxlm.rewards.verifier import Verifier, references, told_of
 from jaxlm.rewards.workers import Workers, shared_workers
 
 # Scorers that run the answer as code, by `eval` or sympy's parser: a model's text must never reach them.
@@ -106,7 +106,8 @@ class GymMatch:
         scores = [0.0] * len(texts)
         asked, requests = [], []
         for index, (text, record) in enumerate(zip(texts, records, strict=True)):
-            asks = question(parse(record))
+            with told_of(index):
+                asks = question(parse(record))
             if asks not in exercises:
                 raise BadRecord(
                     "unknown exercise",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jaxlm.rewards.answers import marked, tail
-from jaxlm.rewards.verifier import references
+from jaxlm.rewards.verifier import references, told_of
 from jaxlm.rewards.workers import Workers, shared_workers
 
 _SHORT = 200  # characters of a completion that may be nothing but its answer
@@ -54,7 +54,8 @@ class MathMatch:
         scores = [0.0] * len(texts)
         asked, requests = [], []
         for index, (text, record) in enumerate(zip(texts, records, strict=True)):
-            right = [_bare(reference) for reference in references(record, self.field)]
+            with told_of(index):
+                right = [_bare(reference) for reference in references(record, self.field)]
             found = _bare(text, self.where)
             if not found:
                 continue

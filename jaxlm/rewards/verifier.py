@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a verifier is, how many answers are verified at once, and where a record keeps what is right."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -60,14 +61,21 @@ def verify(check: Check, texts: Sequence[str], records: Sequence[Mapping[str, An
     else:
         scores = []
         for index, (text, record) in enumerate(zip(texts, records, strict=True)):
-            try:
+            with told_of(index):
                 scores.append(float(check(text, record)))
-            except BadRecord as error:
-                raise BadRecord(error.reason, f"record {index}: {error}") from error
     for index, score in enumerate(scores):
         if not 0 <= score <= 1:
             raise ValueError(f"text {index} was scored {score}: a verifier's score lies in [0, 1]")
     return np.array(scores, np.float64)
+
+
+@contextlib.contextmanager
+def told_of(index: int) -> Iterator[None]:
+    """Puts a record's place in front of what a `BadRecord` says."""
+    try:
+        yield
+    except BadRecord as error:
+        raise BadRecord(error.reason, f"record {index}: {error}") from error
 
 
 _FIELDS = ("answer", "answers", "completion", "messages")

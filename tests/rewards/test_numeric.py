@@ -65,6 +65,7 @@ from jaxlm.rewards.numeric import found_number, numbers
         ("2^n", None),
         (r"\boxed{\frac{\sqrt{6}}{4}}", None),
         (r"\boxed{2\sqrt{2}-2}", None),
+        (r"\boxed{4+\sqrt{6}}", None),
         (r"45^\circ", "45"),
         (r"45^{\circ}", "45"),
     ],

@@ -108,6 +108,11 @@ def test_any_text_has_one_score(mathematics, text):
     assert score in (0.0, 1.0) and mathematics(text, HALF) == score
 
 
+def test_a_record_without_a_reference_is_refused_by_its_place(mathematics):
+    with pytest.raises(BadRecord, match="record 1: the record has no 'answer'"):
+        verify(mathematics, ["1", "1"], [HALF, {"prompt": "?"}])
+
+
 def test_it_works_outside_the_main_thread_and_no_answer_is_mixed_up(mathematics):
     numbers = list(range(20))
     scores = {}
