@@ -213,7 +213,7 @@ def _left(limit: float) -> float:
 
 def _pieces(response: http.client.HTTPResponse, connected: socket.socket, limit: float) -> Iterator[bytes]:
     """What arrives, as it does; a slow trickle ends at the limit too."""
-    while True:
+    while not response.isclosed():  # the socket too is closed with its last byte, by newer Pythons
         connected.settimeout(_left(limit))
         piece = response.read1(1 << 16)
         if not piece:
