@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """GRPO on top of the quickstart's model: the maximum of more numbers than it was taught.
 
-python scripts/train.py configs/quickstart.py
-python scripts/train.py configs/grpo.py
+  python scripts/train.py configs/quickstart.py
+  python scripts/train.py configs/grpo.py
+
+Nine minutes on two busy CPU cores: held-out exact match rises from 69 % to 80 % for four numbers, from 44 % to 76 % for six.
 """
 
 from jaxlm.config import Pretrained, RunConfig
