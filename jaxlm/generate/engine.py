@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every engine does, embedded or remote: sample completions of prompts, score given ones.  No jax."""
+"""What every engine does, embedded or remote: sample completions of prompts, score given ones.  No jax, no numpy."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
-import numpy as np
+if TYPE_CHECKING:  # configs hold a `Sampling`, and `--help` waits for nothing
+    import numpy as np
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]  # text, messages of a chat, or token ids
 
@@ -22,9 +23,9 @@ class Completion(NamedTuple):
     """
 
     text: str
-    tokens: np.ndarray
-    log_probs: np.ndarray
-    raw_log_probs: np.ndarray
+    tokens: "np.ndarray"
+    log_probs: "np.ndarray"
+    raw_log_probs: "np.ndarray"
     finish_reason: Literal["stop", "length"]
 
 
@@ -81,6 +82,6 @@ class Engine(Protocol):
         """
         ...
 
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[str | Sequence[int]]) -> list[np.ndarray]:
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[str | Sequence[int]]) -> "list[np.ndarray]":
         """log p of every token of each completion after its prompt, nats, float32 [n]."""
         ...
