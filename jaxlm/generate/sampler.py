@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from jaxlm.generate.drawing import Drawn, Draws, draw
 from jaxlm.generate.engine import Completion, Prompt, Sampling
 from jaxlm.generate.texts import Piece, TextSoFar, prompt_tokens
-from jaxlm.kernels.cross_entropy import token_log_probs
+from jaxlm.kernels.cross_entropy import weighted_nll
 from jaxlm.nn.cache import Cache, empty_cache, put_rows
 from jaxlm.nn.decoder import Model, Params
 
@@ -46,6 +46,18 @@ class Slots(NamedTuple):
     limits: jax.Array
     running: jax.Array
     draws: Draws
+
+
+class Scored(NamedTuple):
+    """What a completion's tokens are worth after their prompt.
+
+    Attributes:
+      log_probs: float32 [n], nats.
+      best: bool [n], the token is the most probable one, which temperature 0 would take.
+    """
+
+    log_probs: np.ndarray
+    best: np.ndarray
 
 
 class Sampler:
@@ -111,27 +123,32 @@ class Sampler:
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str | Sequence[int]]) -> list[np.ndarray]:
         """See `Engine.score`; texts are encoded without special tokens, and no end marker is added."""
+        return [scored.log_probs for scored in self.scored(prompts, completions)]
+
+    def scored(self, prompts: Sequence[Prompt], completions: Sequence[str | Sequence[int]]) -> list[Scored]:
+        """As `score`, and whether each token is the most probable one."""
         pairs = []
         for prompt, completion in zip(prompts, completions, strict=True):
             before = prompt_tokens(self.tokenizer, prompt)
             if isinstance(completion, str):
                 completion = self.tokenizer.encode(completion, add_special_tokens=False)
             pairs.append((before, np.asarray(completion, np.int32)))
-        found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(pairs)
+        found = [Scored(np.zeros(0, np.float32), np.zeros(0, bool))] * len(pairs)
         groups: dict[int, list[int]] = {}
         for i, (before, after) in enumerate(pairs):
-            groups.setdefault(_bucket(len(before) + len(after), self.size), []).append(i)
+            groups.setdefault(_bucket(len(before) + len(after) - 1, self.size), []).append(i)
         for length, members in groups.items():
             for start in range(0, len(members), self.num_slots):
                 rows = members[start : start + self.num_slots]
-                tokens = np.zeros((self.num_slots, length), np.int32)
+                tokens, targets = np.zeros((2, self.num_slots, length), np.int32)
                 for row, i in enumerate(rows):
                     both = np.concatenate(pairs[i])
-                    tokens[row, : len(both)] = both
-                log_probs = np.asarray(_score(self.model, self.params, tokens))
+                    tokens[row, : len(both) - 1], targets[row, : len(both) - 1] = both[:-1], both[1:]
+                log_probs, best = map(np.asarray, _score(self.model, self.params, tokens, targets))
                 for row, i in enumerate(rows):
                     before, after = pairs[i]
-                    found[i] = log_probs[row, len(before) - 1 : len(before) + len(after) - 1]
+                    place = slice(len(before) - 1, len(before) + len(after) - 1)
+                    found[i] = Scored(log_probs[row, place], best[row, place])
         return found
 
 
@@ -350,7 +367,9 @@ def _decode(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score(model: Model, params: Params, tokens_BT: jax.Array) -> jax.Array:
-    """log p of tokens 1 .. T - 1 after those before them, [B, T - 1] float32."""
-    hidden = model.apply(params, tokens_BT)[:, :-1]
-    return token_log_probs(hidden, model.head(params), tokens_BT[:, 1:], softcap=model.config.logit_softcap)
+def _score(model: Model, params: Params, tokens_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log p of each target after the tokens up to its place, [B, T] float32; whether it is the argmax, [B, T] bool."""
+    hidden = model.apply(params, tokens_BT)
+    weights_BT = jnp.ones(targets_BT.shape, jnp.float32)
+    result = weighted_nll(hidden, model.head(params), targets_BT, weights_BT, softcap=model.config.logit_softcap)
+    return result.log_probs_BT, result.correct_BT
