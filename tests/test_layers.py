@@ -26,6 +26,7 @@ FLAX = {"nn", "checkpoints"}
 OPTAX = {"transforms", "train", "methods"}
 OPTIONAL = {
     "gguf",
+    "lm_eval",
     "math_verify",
     "reasoning_gym",
     "torch",
