@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from jaxlm.data.prompts import Prompt, prompts_of
 from jaxlm.generate.engine import Completion, Sampling
 from jaxlm.generate.sampler import Sampler
 from jaxlm.losses.policy import kept_tokens, support_log_probs
@@ -48,15 +49,6 @@ def group_advantages(rewards_PG: np.ndarray, *, normalize: Literal["std", "none"
     advantages = np.where(flat, 0.0, centred / np.where(flat | (normalize == "none"), 1.0, spread))
     flat, spread = (np.broadcast_to(x, rewards_PG.shape) for x in (flat, np.where(flat, 0.0, spread)))
     return Advantages(advantages.astype(np.float32), spread.astype(np.float32), flat)
-
-
-class Prompt(NamedTuple):
-    """What is sampled from: token ids, the record they came from, and where that is."""
-
-    tokens: np.ndarray
-    record: Any
-    task_id: int
-    record_id: int
 
 
 class Rollouts:
@@ -146,24 +138,24 @@ class Rollouts:
     def _prompt(self, rows_PT: Batch, row: int) -> Prompt:
         """What stands before the last answer of a row."""
         method, T = self._method, rows_PT["tokens"].shape[1]
-        task_id, record_id = int(rows_PT["task_ids"][row, 0]), int(rows_PT["record_ids"][row, 0])
         if rows_PT["segment_ids"][row].max() > 1:
             raise ValueError('a row holds several records, and rollouts want one prompt each: set data.packing="none"')
-        trained = np.flatnonzero(rows_PT["loss_weights"][row] > 0)
-        begin = int(trained[np.flatnonzero(np.diff(trained, prepend=-1) > 1)[-1]])
+        (prompt,) = prompts_of({name: column[row] for name, column in rows_PT.items()})
+        begin = len(prompt.tokens)
         if begin + method.max_tokens > T:
             raise ValueError(
-                f"{self._job.describe(task_id, record_id)}: a prompt of {begin} tokens and max_tokens "
+                f"{self._job.describe(prompt.task_id, prompt.record_id)}: a prompt of {begin} tokens and max_tokens "
                 f"{method.max_tokens} do not fit a row of {T}: set data.length or method.max_tokens; a text without a "
                 "prompt cannot be sampled"
             )
-        return Prompt(rows_PT["tokens"][row, :begin], self._record(task_id, record_id), task_id, record_id)
+        return prompt
 
     def _rewards(self, prompts: Sequence[Prompt], samples: Sequence[Sequence[Completion]]) -> np.ndarray:
         """[P, G], of the method's verifier."""
         reward = self._method.reward
         texts = [completion.text for group in samples for completion in group]
-        records = [prompt.record for prompt, group in zip(prompts, samples, strict=True) for _ in group]
+        asked = [self._record(prompt.task_id, prompt.record_id) for prompt in prompts]
+        records = [record for record, group in zip(asked, samples, strict=True) for _ in group]
         if isinstance(reward, InBatches):
             found = np.asarray(reward.many(texts, records), np.float64)
         else:
