@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlm.data.config import DataConfig, Source
+from jaxlm.evaluation_options import Generation
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.position_kinds import Positions, Rope
 from jaxlm.overrides import field_types, override
@@ -22,6 +23,7 @@ from jaxlm.train.options import MeshOptions, RunOptions
 
 # What may differ between a stored config and the one that resumes its run: where and how long, never what is learnt.
 MAY_CHANGE = (
+    "generation",
     "mesh",
     "prepared",
     "run.bad_checkpoint",
@@ -66,6 +68,8 @@ class RunConfig:
       method: a dataclass of `jaxlm.methods`, such as `Sft()`.
       run: steps, batch, directory, how often to log, evaluate and save.
       mesh: devices along each mesh axis.
+      generation: held-out records are also answered, and the answers judged, whenever they are scored; None: they are
+        not, and scripts/evaluate.py --generate can do it later.
     """
 
     model: ModelConfig | Pretrained
@@ -75,8 +79,11 @@ class RunConfig:
     method: Any
     run: RunOptions
     mesh: MeshOptions = MeshOptions()
+    generation: Generation | None = None
 
     def __post_init__(self):
+        if self.generation is not None:
+            self.generation.check_tasks(self.data.task_names)
         if not self.tokenizer and isinstance(self.model, ModelConfig):
             raise ValueError('a model made from random numbers brings no tokenizer: set tokenizer="bytes" or a folder')
 

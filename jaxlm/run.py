@@ -5,7 +5,7 @@ import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,10 @@ from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.data.sources import Records
 from jaxlm.data.stream import batches, finite_batches
 from jaxlm.data.tokenizers import byte_tokenizer, digest
+from jaxlm.evaluation_metrics import flat, measure
+from jaxlm.evaluation_samples import Answered, answer, end_tokens, read_questions
+from jaxlm.generate.from_disk import stop_tokens
+from jaxlm.generate.sampler import Sampler
 from jaxlm.nn.axes import logical_axes
 from jaxlm.nn.decoder import Model
 from jaxlm.nn.flops import model_flops
@@ -124,7 +128,47 @@ def make_job(
         scores=scores,
         tokenizer=lambda: load_tokenizer(config),
         record=Records([task.train for task in config.data.tasks]),
+        generated=_generated(config, model, test_rows),
     )
+
+
+def answerer(config: RunConfig, model: Model, rows: Prepared) -> Callable[[Model, Params], list[Answered]]:
+    """The held-out questions of `config.generation`, checked, waiting for parameters that answer them.
+
+    Args:
+      config: with a `generation`.
+      model: decides how long a prompt may be.
+      rows: the held-out split.
+    Returns: `(model, params) -> answers` of each task. The parameters are used where they lie and stay as they are.
+    Raises: ValueError, as `read_questions`; for several processes.
+    """
+    generation = config.generation
+    assert generation is not None
+    if jax.process_count() > 1:
+        raise ValueError(
+            "records are answered by one process: run it on the devices of one host, or set generation=none and "
+            "call scripts/evaluate.py --generate afterwards"
+        )
+    questions = read_questions(rows, config.data.tasks, generation, size=model.config.max_length)
+    tokenizer = load_tokenizer(config)
+    stops = end_tokens(questions, tokenizer)
+    if isinstance(config.model, Pretrained):
+        stops += stop_tokens(pathlib.Path(config.model.path))
+
+    def answers(model: Model, params: Params) -> list[Answered]:
+        bare = Model(model.config)  # activations lie where the parameters put them
+        sampler = Sampler(bare, params, tokenizer, slots=generation.slots, stop_tokens=stops)
+        return [answer(sampler, asked, generation) for asked in questions]
+
+    return answers
+
+
+def _generated(config: RunConfig, model: Model, rows: Prepared) -> Callable[[Model, Params], dict[str, float]] | None:
+    """Metrics of answers, without intervals: what a run reports on its way."""
+    if config.generation is None:
+        return None
+    answers, ks = answerer(config, model, rows), config.generation.counted
+    return lambda model, params: flat([measure(a, ks, resamples=1) for a in answers(model, params)])
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxlm.config import Comparison, LengthComparison, Pretrained, RunConfig
 from jaxlm.data.config import DataConfig, LongText, Procedural, ProceduralPairs, Rows, Source, Task
+from jaxlm.evaluation_options import Generation
 from jaxlm.nn.config import ModelConfig
 from jaxlm.train.options import MeshOptions
 
@@ -41,6 +42,7 @@ def shrink(config: RunConfig) -> RunConfig:
             save_every=0,
         ),
         mesh=MeshOptions(),
+        generation=None if config.generation is None else _generation(config.generation),
     )
 
 
@@ -128,6 +130,13 @@ def _task(task: Task) -> Task:
     test = None if task.test is None else _source(task.test, first=1000, count=8)
     train = None if task.train is None else _source(task.train, first=0, count=24)
     return dataclasses.replace(task, train=train, test=test)
+
+
+def _generation(generation: Generation) -> Generation:
+    """Two records of each task and four tokens; the made-up records have no verifier of their own."""
+    return dataclasses.replace(
+        generation, sampling=dataclasses.replace(generation.sampling, max_tokens=4), records=2, verifiers={}, slots=4
+    )
 
 
 def _source(source: Source, *, first: int, count: int) -> Source:

@@ -48,6 +48,7 @@ class Job:
       kept: what `once` made in a run without a directory.
       tokenizer: `() -> tokenizer` of the data.
       record: `(task_id, record_id) -> record` as the task's training source has it.
+      generated: `(model, params) -> metrics` of held-out records that the model answers by itself; None: it does not.
     """
 
     model: Model
@@ -64,10 +65,12 @@ class Job:
     kept: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: Callable[[], Any] | None = None
     record: Callable[[int, int], Any] | None = None
+    generated: Callable[[Model, Params], Mapping[str, float]] | None = None
 
     def evaluate(self, model: Model, params: Params) -> dict[str, float]:
-        """Held-out metrics: loss, and per task loss, perplexity and exact match."""
-        return evaluate(model, params, self.held_out(), self.task_names, mesh=self.mesh)
+        """Held-out metrics: loss, and per task loss, perplexity and exact match; and what `generated` measures."""
+        metrics = evaluate(model, params, self.held_out(), self.task_names, mesh=self.mesh)
+        return metrics | self._generated(model, params)
 
     def score(
         self, column: str, model: Model, params: Params, *, step: int, learned: Sequence[str] = ()
@@ -80,10 +83,13 @@ class Job:
           learned: the tasks that this stage taught.
         """
         items = score_items(model, params, self.held_out(), mesh=self.mesh)
-        metrics = item_metrics(items, self.task_names)
+        metrics = item_metrics(items, self.task_names) | self._generated(model, params)
         self.reporter.evaluation(step, metrics)  # before the column is kept: what is kept is not scored again
         self.scores.record(column, items, learned=[list(self.task_names).index(task) for task in learned])
         return metrics
+
+    def _generated(self, model: Model, params: Params) -> dict[str, float]:
+        return {} if self.generated is None else dict(self.generated(model, params))
 
     def once(self, name: str, make: Callable[[], Any], like: Any, *, stage: str = "") -> Any:
         """What `make` returns, made once in a run: later, and when the run is resumed, it comes from the disk.
