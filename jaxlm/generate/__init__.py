@@ -13,6 +13,8 @@ __getattr__, __dir__ = attach(
         "Sampler": "sampler",
         "Sampling": "engine",
         "Server": "server",
+        "harness_class": "harness",
+        "harness_model": "harness",
         "open_sampler": "from_disk",
     },
 )
