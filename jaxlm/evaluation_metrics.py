@@ -33,8 +33,8 @@ class Measured(NamedTuple):
       questions, samples: Q and n.
       accuracy: share of samples whose score is 1, a mean over questions of each one's share.
       score: the mean score, above accuracy where a verifier gives part marks.
-      passed: k -> pass@k, unbiased.
-      majority: k -> majority@k, exact over all subsets; empty where the verifier reads no answer to vote with.
+      pass_at: k -> pass@k, unbiased.
+      majority_at: k -> majority@k, exact over all subsets; empty where the verifier reads no answer to vote with.
       cut_off: share of samples that the length limit ended; their text is judged all the same.
       tokens: mean of a sample, its end token included.
       confidence: what is compared with success, a key of CONFIDENCE.
@@ -47,8 +47,8 @@ class Measured(NamedTuple):
     samples: int
     accuracy: Estimate
     score: Estimate
-    passed: Mapping[int, Estimate]
-    majority: Mapping[int, Estimate]
+    pass_at: Mapping[int, Estimate]
+    majority_at: Mapping[int, Estimate]
     cut_off: float
     tokens: float
     confidence: Confidence | None
@@ -79,8 +79,8 @@ def measure(answered: Answered, ks: Sequence[int], *, resamples: int = 10_000) -
         samples=scores.shape[1],
         accuracy=over_questions(right.mean(axis=1)),
         score=over_questions(scores.mean(axis=1)),
-        passed={k: over_questions(pass_at_k(right.sum(axis=1), scores.shape[1], k=k)) for k in ks},
-        majority={k: over_questions([majority_at_k(*pair, k=k) for pair in found]) for k in ks} if votes else {},
+        pass_at={k: over_questions(pass_at_k(right.sum(axis=1), scores.shape[1], k=k)) for k in ks},
+        majority_at={k: over_questions([majority_at_k(*pair, k=k) for pair in found]) for k in ks} if votes else {},
         cut_off=float(np.mean([c.finish_reason == "length" for group in completions for c in group])),
         tokens=float(np.mean([len(c.tokens) for group in completions for c in group])),
         confidence=kind,
@@ -98,8 +98,8 @@ def flat(measured: Sequence[Measured]) -> dict[str, float]:
     found: dict[str, float] = {}
     for m in measured:
         numbers: dict[str, float] = {"accuracy": m.accuracy.mean, "score": m.score.mean}
-        numbers |= {f"pass_at_{k}": value.mean for k, value in m.passed.items()}
-        numbers |= {f"majority_at_{k}": value.mean for k, value in m.majority.items()}
+        numbers |= {f"pass_at_{k}": value.mean for k, value in m.pass_at.items()}
+        numbers |= {f"majority_at_{k}": value.mean for k, value in m.majority_at.items()}
         numbers |= {"cut_off": m.cut_off, "completion_tokens": m.tokens}
         if m.calibration is not None:
             numbers |= {"calibration_error": m.calibration.error.mean, "brier": m.calibration.brier.mean}
