@@ -54,7 +54,7 @@ def harness_class() -> type:
         from lm_eval.api.model import TemplateLM
         from lm_eval.api.registry import register_model
     except ImportError as error:
-        raise ImportError(f"lm-evaluation-harness ({error}): pip install 'jaxlm[harness]'") from error
+        raise ImportError(f"a model for the harness needs lm-eval ({error}): pip install 'jaxlm[harness]'") from error
 
     @register_model("jaxlm")
     class JaxLM(_Answers, TemplateLM):
