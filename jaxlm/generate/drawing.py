@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From logits to the next token: filters, temperature, a draw.  B rows, V vocabulary."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,25 @@ class Draws(NamedTuple):
     top_k: jax.Array
     min_p: jax.Array
     keys: jax.Array
+
+
+class Seen(NamedTuple):
+    """What a processor may look at of its row.
+
+    Attributes:
+      tokens: [S] int32, prompt and completion from the left; what lies behind `length` means nothing.  S differs from
+        call to call: nothing may depend on it.
+      length: int32, tokens of both.
+      prompt_length: int32.
+    """
+
+    tokens: jax.Array
+    length: jax.Array
+    prompt_length: jax.Array
+
+
+Processor = Callable[[jax.Array, Seen], jax.Array]  # logits [V] float32 of one row -> logits [V]; -inf forbids
+Kind = Literal["greedy", "plain", "filtered"]  # what the rows of a program ask for at most; less is faster
 
 
 class Drawn(NamedTuple):
@@ -49,28 +69,44 @@ def kept(logits_BV: jax.Array, draws: Draws) -> jax.Array:
     return logits_BV >= least
 
 
-def draw(logits_BV: jax.Array, draws: Draws, counts_B: jax.Array, *, filtered: bool = True) -> Drawn:
+def draw(
+    logits_BV: jax.Array,
+    draws: Draws,
+    counts_B: jax.Array,
+    *,
+    kind: Kind = "filtered",
+    processors: Sequence[Processor] = (),
+    seen: Seen | None = None,
+) -> Drawn:
     """One token of each row.
 
     Args:
       logits_BV: float32.
       draws: how.
       counts_B: int32, tokens drawn before; with the row's key it decides the draw, whatever the other rows are.
-      filtered: whether any row has a filter; False saves a sort of the vocabulary.
+      kind: "filtered" serves all rows; "plain" saves a sort of the vocabulary if none has a filter, "greedy" random
+        numbers too if all have temperature 0.
+      processors: change the logits, one after the other, before all else; each is given one row.
+      seen: of all rows, [B, S], [B] and [B]; needed by processors only.
     """
+    processed_BV = logits_BV
+    for processor in processors:
+        assert seen is not None
+        processed_BV = jax.vmap(processor)(processed_BV, seen)
+    raw_total = jax.nn.logsumexp(logits_BV, axis=-1)
+
+    def of_token(x_BV, tokens_B):
+        return jnp.take_along_axis(x_BV, tokens_B[:, None], axis=-1)[:, 0]
+
+    best = jnp.argmax(processed_BV, axis=-1).astype(jnp.int32)
+    if kind == "greedy":
+        return Drawn(best, jnp.zeros_like(raw_total), of_token(logits_BV, best) - raw_total)
     greedy = draws.temperature == 0
-    heat = jnp.where(greedy, 1.0, draws.temperature)[:, None]
-    hot = logits_BV / heat
-    if filtered:
+    hot = processed_BV / jnp.where(greedy, 1.0, draws.temperature)[:, None]
+    if kind == "filtered":
         hot = jnp.where(kept(hot, draws), hot, -jnp.inf)
     keys = jax.vmap(jax.random.fold_in)(draws.keys, counts_B)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, hot.shape[1:], jnp.float32))(keys)
-    best = jnp.argmax(logits_BV, axis=-1)
-    tokens = jnp.where(greedy, best, jnp.argmax(hot + noise, axis=-1)).astype(jnp.int32)
-
-    def of_token(x_BV):
-        return jnp.take_along_axis(x_BV, tokens[:, None], axis=-1)[:, 0]
-
-    raw = of_token(logits_BV) - jax.nn.logsumexp(logits_BV, axis=-1)
-    policy = jnp.where(greedy, 0.0, of_token(hot) - jax.nn.logsumexp(hot, axis=-1))
-    return Drawn(tokens, policy, raw)
+    tokens = jnp.where(greedy, best, jnp.argmax(hot + noise, axis=-1).astype(jnp.int32))
+    policy = jnp.where(greedy, 0.0, of_token(hot, tokens) - jax.nn.logsumexp(hot, axis=-1))
+    return Drawn(tokens, policy, of_token(logits_BV, tokens) - raw_total)

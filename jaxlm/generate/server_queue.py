@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The requests of a server in line for its one sampler: a single thread owns the device.
 
-A call of the sampler takes the first request in line and all later ones that may share it, up to the sampler's slots.
-Requests share a call if their sampling options are equal and their samples do not depend on their place in the batch:
-those at temperature 0, those without a seed, and those that only score.  Others are alone in their call.
+They run in one session of the sampler: each prompt has its own options and seed, and gets what `Sampler.sample` would
+give it.  A request leaves the line once the session has a slot for it; between two chunks of tokens those that only
+score are answered, and those whose clients left give their slots back.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxlm.generate.engine import Sampling
+from jaxlm.generate.engine import Completion, Sampling
 from jaxlm.generate.sampler import Sampler
+from jaxlm.generate.session import Session
 
 
 class Busy(Exception):
@@ -29,10 +29,6 @@ class Busy(Exception):
 
 class Stopping(Exception):
     """The server takes no more requests."""
-
-
-class _HungUp(Exception):
-    """Nobody waits for what is being sampled."""
 
 
 class Event(NamedTuple):
@@ -50,7 +46,7 @@ class Work:
     Args:
       prompts: int32 [n] each.
       sampling: how; None scores the prompts themselves.
-      seeded: whether `sampling.seed` is the client's; else each call draws one.
+      seeded: whether `sampling.seed` is the client's; else one is drawn.
       streams: whether new text is told.
     Attributes:
       events: what comes of it; the last is "done", with lists of completions or arrays of log-probs, or "error".
@@ -61,19 +57,6 @@ class Work:
         self.prompts, self.sampling, self.seeded, self.streams = prompts, sampling, seeded, streams
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.cancelled = threading.Event()
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.prompts) * (1 if self.sampling is None else self.sampling.num_samples)
-
-    def shares(self) -> Hashable:
-        """Equal for requests that may share a call."""
-        if self.sampling is None:
-            return "score"
-        if self.sampling.temperature == 0:  # nothing is drawn: the other options change nothing
-            s = self.sampling
-            return Sampling(num_samples=s.num_samples, max_tokens=s.max_tokens, temperature=0.0, stop=s.stop)
-        return id(self) if self.seeded else dataclasses.replace(self.sampling, seed=0)
 
 
 class DeviceQueue:
@@ -118,53 +101,101 @@ class DeviceQueue:
         self._thread.join(grace_seconds)
 
     def _serve(self) -> None:
-        while batch := self._next():
+        while True:
+            run = _Run(self._sampler)
             try:
-                self._run(batch)
-            except _HungUp:
-                for work in batch:
-                    work.events.put(Event("error", Stopping("the server stopped before the answer was complete")))
-            except Exception as error:  # the thread must outlive whatever one batch does to the sampler
-                for work in batch:
-                    work.events.put(Event("error", error))
+                while self._turn(run):
+                    pass
+                return
+            except Exception as error:  # the thread must outlive whatever a request does to the sampler
+                run.fail(error)
 
-    def _next(self) -> list[Work]:
-        """Waits for requests that share a call; none when the server stops."""
+    def _turn(self, run: "_Run") -> bool:
+        """One look at the line and one step of what runs; False when the server stops."""
         with self._change:
             while True:
                 self._waiting = deque(work for work in self._waiting if not work.cancelled.is_set())
-                if self._stopping:
-                    return []
-                if self._waiting:
+                if self._waiting or not run.idle or self._stopping:
                     break
                 self._change.wait()
-            batch = [self._waiting.popleft()]
-            share, room = batch[0].shares(), self._sampler.num_slots - batch[0].num_samples
-            for work in list(self._waiting):
-                if work.shares() == share and work.num_samples <= room:
-                    room -= work.num_samples
-                    batch.append(work)
-                    self._waiting.remove(work)
-            return batch
+            scores = [] if self._stopping else [work for work in self._waiting if work.sampling is None]
+            for work in scores:
+                self._waiting.remove(work)
+            run.drop_cancelled()
+            while self._waiting and run.session.num_free and not self._stopping:
+                run.begin(self._waiting.popleft())
+            stopping, late = self._stopping, time.monotonic() > self._until
+        if stopping and (run.idle or late):
+            run.fail(Stopping("the server stopped before the answer was complete"))
+            return False
+        if scores:
+            run.score(scores)
+        run.step()
+        return True
 
-    def _run(self, batch: list[Work]) -> None:
-        prompts = [prompt.tolist() for work in batch for prompt in work.prompts]
-        sampling = batch[0].sampling
-        if sampling is None:
+
+class _Run:
+    """A session and the requests that are in it."""
+
+    def __init__(self, sampler: Sampler):
+        self._sampler, self.session = sampler, Session(sampler)
+        self._works: dict[Work, dict[int, int]] = {}  # to ticket -> place of the prompt
+        self._found: dict[Work, dict[int, list[Completion]]] = {}
+
+    @property
+    def idle(self) -> bool:
+        return not self._works
+
+    def begin(self, work: Work) -> None:
+        """All prompts of a request get in the session's line."""
+        assert work.sampling is not None
+        sampling = work.sampling
+        if not work.seeded:
+            sampling = dataclasses.replace(sampling, seed=random.getrandbits(31))
+        self._works[work], self._found[work] = {}, {}
+        for i, prompt in enumerate(work.prompts):
+
+            def said(sample: int, text: str, i: int = i) -> None:
+                work.events.put(Event("text", text, i, sample))
+
+            ticket = self.session.submit(prompt.tolist(), sampling, place=i, stream=said if work.streams else None)
+            self._works[work][ticket] = i
+
+    def drop_cancelled(self) -> None:
+        """Frees the slots of those who left."""
+        for work in [work for work in self._works if work.cancelled.is_set()]:
+            self._end(work)
+
+    def step(self) -> None:
+        """A chunk of tokens; tells those that are complete."""
+        owners = {ticket: work for work, tickets in self._works.items() for ticket in tickets}
+        for ticket, completions in self.session.step():
+            work = owners[ticket]
+            self._found[work][self._works[work][ticket]] = completions
+            if len(self._found[work]) == len(work.prompts):
+                work.events.put(Event("done", [self._found[work][i] for i in range(len(work.prompts))]))
+                self._end(work)
+
+    def score(self, works: list[Work]) -> None:
+        """Answers those that score."""
+        prompts = [prompt.tolist() for work in works for prompt in work.prompts]
+        try:
             found: list[Any] = self._sampler.score([p[:1] for p in prompts], [p[1:] for p in prompts])
-        else:
-            if not batch[0].seeded:
-                sampling = dataclasses.replace(sampling, seed=random.getrandbits(31))
-            places = [(work, i) for work in batch for i in range(len(work.prompts))]
-
-            def said(prompt: int, sample: int, text: str) -> None:
-                if all(work.cancelled.is_set() for work in batch) or time.monotonic() > self._until:
-                    raise _HungUp
-                work, i = places[prompt]
-                if work.streams:
-                    work.events.put(Event("text", text, i, sample))
-
-            found = self._sampler.sample(prompts, sampling, stream=said)
-        for work in batch:
+        except Exception as error:  # theirs alone
+            for work in works:
+                work.events.put(Event("error", error))
+            return
+        for work in works:
             mine, found = found[: len(work.prompts)], found[len(work.prompts) :]
             work.events.put(Event("done", mine))
+
+    def fail(self, error: Exception) -> None:
+        """Tells all who are in the session that they get nothing."""
+        for work in list(self._works):
+            work.events.put(Event("error", error))
+            self._end(work)
+
+    def _end(self, work: Work) -> None:
+        for ticket in self._works.pop(work):
+            self.session.cancel(ticket)
+        del self._found[work]

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxlm.generate.engine import Completion, Prompt
 
-_BROKEN = "�"  # what an unfinished character decodes to
+_BROKEN = "\ufffd"  # what an unfinished character decodes to
+_WINDOW = 16  # tokens that are decoded again at least
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> np.ndarray:
@@ -19,7 +20,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> np.ndar
     """
     if isinstance(prompt, str):
         tokens: Any = tokenizer.encode(prompt)
-    elif prompt and isinstance(prompt[0], Mapping):
+    elif len(prompt) and isinstance(prompt[0], Mapping):  # ids may be an array, whose truth is ambiguous
         if tokenizer.chat_template is None:
             raise ValueError("messages need a tokenizer with a chat template; this one has none: give text")
         messages: Any = list(prompt)
@@ -43,16 +44,26 @@ class Piece(NamedTuple):
 class TextSoFar:
     """A completion that grows, and the text of it that is final.
 
-    Text is held back while it could still change: an unfinished character, or the beginning of a stop string.
+    Text is held back while it could still change: an unfinished character, or the beginning of a stop string.  Only the
+    newest tokens are decoded again, with some before them that cancel what a tokenizer does at the beginning of a text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()):
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._pieces: list[Piece] = []
+        self._tokens: list[int] = []
         self._text = ""  # all that is decoded
         self._said = 0  # characters handed out
-        self.num_tokens = 0
+        # The window: decoding begins at token `_from`; what tokens up to `_until` say is `_before`, final, and is the
+        # end of the first `_settled` characters.
+        self._from = self._until = self._settled = 0
+        self._before = ""
         self.reason: Literal["stop", "length"] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the completion so far."""
+        return len(self._tokens)
 
     def add(self, new: Piece, *, stops: np.ndarray) -> str:
         """Takes tokens [n] and returns the text that became final; what follows a stop is left out."""
@@ -64,13 +75,17 @@ class TextSoFar:
             self.reason = "stop"
         before = self.num_tokens
         self._pieces.append(new)
-        self.num_tokens += len(new.tokens)
-        self._text = self._decode(self.num_tokens)
-        found = [at for at in (self._text.find(word) for word in self._stop) if at >= 0]
+        self._tokens += new.tokens.tolist()
+        self._text = self._whole(self.num_tokens)
+        # What was handed out holds no beginning of a stop string, so that none is looked for there.
+        found = [at for at in (self._text.find(word, self._said) for word in self._stop) if at >= 0]
         if found:
             self._cut(min(found), before)
             self.reason = "stop"
-        return self.rest() if self.reason else self._advance(len(self._text) - self._unsure())
+        if self.reason:
+            return self.rest()
+        self._settle()
+        return self._advance(len(self._text) - self._unsure())
 
     def end(self, reason: Literal["stop", "length"]) -> None:
         """Ends it where nothing else has."""
@@ -83,25 +98,38 @@ class TextSoFar:
     def completion(self) -> Completion:
         """What has come of it; it must have ended."""
         assert self.reason is not None
-        tokens, log_probs, raw = self._joined()
+        tokens, log_probs, raw = (np.concatenate(parts)[: self.num_tokens] for parts in zip(*self._pieces, strict=True))
         return Completion(self._text, tokens, log_probs, raw, self.reason)
 
     def _advance(self, to: int) -> str:
         said, self._said = self._text[self._said : to], max(self._said, to)
         return said
 
-    def _joined(self) -> Piece:
-        return Piece(*(np.concatenate(parts)[: self.num_tokens] for parts in zip(*self._pieces, strict=True)))
-
-    def _decode(self, count: int) -> str:
-        tokens = np.concatenate([piece.tokens for piece in self._pieces])[:count]
+    def _decode(self, start: int, stop: int) -> str:
+        tokens = self._tokens[start:stop]
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _whole(self, count: int) -> str:
+        """The text of the first `count` tokens; no fewer than are settled."""
+        window = self._decode(self._from, count)
+        if window.startswith(self._before):
+            return self._text[: self._settled] + window[len(self._before) :]
+        return self._decode(0, count)
+
+    def _settle(self) -> None:
+        """Moves the window to the newest tokens, if their text is whole and decodes alike from where it would begin."""
+        count = self.num_tokens
+        if count - self._until < _WINDOW or self._text.endswith(_BROKEN):
+            return
+        before = self._decode(self._until, count)
+        if before.strip() and self._text.endswith(before.lstrip()):
+            self._from, self._until, self._settled, self._before = self._until, count, len(self._text), before
 
     def _cut(self, at: int, known: int) -> None:
         """Drops the text from `at` on, and the tokens behind the one that completed the stop string."""
         for count in range(known + 1, self.num_tokens + 1):
-            if any(word in self._decode(count) for word in self._stop):
-                self.num_tokens = count
+            if any(word in self._whole(count)[self._said :] for word in self._stop):
+                del self._tokens[count:]
                 break
         self._text = self._text[:at]
 

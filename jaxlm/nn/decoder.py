@@ -281,7 +281,8 @@ def _scan_layers(
 ) -> tuple[jax.Array, Any]:
     """Runs `layer(x, p, window, held) -> (x, made)` over the stacked layers; what they made is stacked too.
 
-    Windows are static when all layers agree, else they travel as scanned values.
+    Windows are static when all layers agree, else they travel as scanned values.  A tuple of layers, instead of a
+    stack, is run by a plain loop.
     """
     windows = [None if window is None or window >= length else window for window in config.layer_windows]
     alike = len(set(windows)) == 1
@@ -294,6 +295,12 @@ def _scan_layers(
     policies = jax.checkpoint_policies
     policy = {"none": _keep_what_is_dear, "dots": policies.dots_with_no_batch_dims_saveable, "full": None}[config.remat]
     body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+    if isinstance(blocks, tuple):
+        made = []
+        for i, p in enumerate(blocks):
+            x, new = body(x, (p, *jax.tree.map(lambda leaf, i=i: leaf[i], (scanned, held))))
+            made.append(new)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
     return jax.lax.scan(body, x, (blocks, scanned, held))
 
 

@@ -104,11 +104,14 @@ def test_a_row_draws_the_same_beside_any_others():
         assert int(alone.tokens[0]) == int(together.tokens[row])
 
 
-def test_filters_that_keep_all_need_no_sort():
+@pytest.mark.parametrize(("kind", "temperature"), [("plain", 1.0), ("greedy", 0.0)])
+def test_what_no_row_asks_for_can_be_left_out(kind, temperature):
     logits = jnp.asarray(np.random.default_rng(3).normal(size=(40, V)), jnp.float32)
-    with_sort = draw(logits, draws(40), jnp.zeros(40, jnp.int32))
-    without = draw(logits, draws(40), jnp.zeros(40, jnp.int32), filtered=False)
-    np.testing.assert_array_equal(with_sort.tokens, without.tokens)
+    options = draws(40, temperature=temperature)
+    whole, less = (draw(logits, options, jnp.zeros(40, jnp.int32), kind=kind) for kind in ("filtered", kind))
+    np.testing.assert_array_equal(whole.tokens, less.tokens)
+    np.testing.assert_allclose(whole.log_probs, less.log_probs, atol=1e-6)
+    np.testing.assert_allclose(whole.raw_log_probs, less.raw_log_probs, atol=1e-6)
 
 
 @pytest.mark.parametrize(

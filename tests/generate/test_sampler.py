@@ -10,7 +10,6 @@ import pytest
 
 from jaxlm.data import byte_tokenizer
 from jaxlm.generate import Sampler, Sampling
-from jaxlm.generate import sampler as machinery
 from jaxlm.nn import Alibi, Hope, Learned, Model, ModelConfig, Rope, Xpos
 
 TOKENIZER = byte_tokenizer()
@@ -19,6 +18,10 @@ MODEL = Model(CONFIG)
 PARAMS = MODEL.init(jax.random.key(0))
 PROMPTS = ["a", "what?", "a longer prompt, of forty bytes or more...", [5, 6, 7]]
 
+COMPILED: list[str] = []  # one entry a compilation, whatever is compiled
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: COMPILED.append(event) if event.endswith("backend_compile_duration") else None
+)
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
@@ -123,11 +126,20 @@ def test_what_is_streamed_joins_to_the_text(stop):
 
 def test_programs_are_not_compiled_again_inside_a_bucket():
     engine = sampler(slots=5)
-    engine.sample(["a" * 10, "b" * 20], Sampling(max_tokens=20))
-    before = machinery._begin._cache_size(), machinery._decode._cache_size()
+    for temperature in (1.0, 0.0):  # one program for draws, and one that only takes the best
+        engine.sample(["a" * 10, "b" * 20], Sampling(max_tokens=20, temperature=temperature))
+    COMPILED.clear()
     engine.sample(["c" * 33, "d" * 7], Sampling(max_tokens=12, temperature=0.3, seed=4))
     engine.sample(["e" * 40, "f"], Sampling(max_tokens=20, temperature=0.0))
-    assert (machinery._begin._cache_size(), machinery._decode._cache_size()) == before
+    assert not COMPILED
+
+
+def test_a_prompt_may_be_an_array_of_ids():
+    sampling = Sampling(max_tokens=4, seed=1)
+    lists, arrays = (sampler().sample([kind([5, 6, 7])], sampling)[0][0].tokens for kind in (list, np.array))
+    assert lists.tolist() == arrays.tolist()
+    with pytest.raises(ValueError, match="has no tokens"):
+        sampler().sample([np.zeros(0, np.int32)], sampling)
 
 
 def test_eight_devices_sample_what_one_does():
