@@ -17,12 +17,17 @@ SCRIPTS = pathlib.Path(__file__).resolve().parents[1]
 class Arms:
     """The processes, by name; a context manager that stops them.
 
+    Args:
+      names: of arms.
+      shape: one of `shapes.SHAPES`.
+      tunix_python: of the environment that has google-tunix.
+      worker: the module that a process runs.
     Attributes:
       processes: those that run.
       absent: name -> why it could not start.
     """
 
-    def __init__(self, names: list[str], shape: str, *, tunix_python: str | None = None):
+    def __init__(self, names: list[str], shape: str, *, tunix_python: str | None = None, worker: str = "arms.worker"):
         if unknown := [name for name in names if name not in NAMES]:
             raise ValueError(f"there are no arms {unknown}; there are {list(NAMES)}")
         self.folder = tempfile.TemporaryDirectory()
@@ -32,7 +37,7 @@ class Arms:
         environment = os.environ | {"PYTHONPATH": path, "TQDM_DISABLE": "1"}
         for name in names:
             python = tunix_python if name == "tunix" and tunix_python else sys.executable
-            command = [python, "-m", "arms.worker", name, shape, self.folder.name]
+            command = [python, "-m", worker, name, shape, self.folder.name]
             self.processes[name] = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )

@@ -30,11 +30,9 @@ def state_dict(params, shape: Shape):
     return {name: torch.from_numpy(value) for name, value in entries.items()}
 
 
-def build(shape: Shape):
-    """(logits of tokens, one update and its loss)."""
-    if shape.dtype != "float32":
-        raise ImportError("the torch arm is float32 on CPU")
-    config = transformers.LlamaConfig(
+def config(shape: Shape, *, use_cache: bool) -> transformers.LlamaConfig:
+    """The shape as transformers knows it."""
+    return transformers.LlamaConfig(
         vocab_size=shape.V,
         hidden_size=shape.D,
         num_hidden_layers=shape.L,
@@ -42,13 +40,19 @@ def build(shape: Shape):
         num_key_value_heads=shape.K,
         head_dim=shape.H,
         intermediate_size=shape.F,
-        max_position_embeddings=shape.T,
+        max_position_embeddings=max(shape.T, 1024),
         rms_norm_eps=shapes.NORM_EPSILON,
         rope_parameters={"rope_type": "default", "rope_theta": shapes.ROPE_BASE},
         tie_word_embeddings=False,
-        use_cache=False,
+        use_cache=use_cache,
     )
-    model = transformers.LlamaForCausalLM(config)
+
+
+def build(shape: Shape):
+    """(logits of tokens, one update and its loss)."""
+    if shape.dtype != "float32":
+        raise ImportError("the torch arm is float32 on CPU")
+    model = transformers.LlamaForCausalLM(config(shape, use_cache=False))
     model.load_state_dict(state_dict(shapes.weights(shape), shape))
     betas = (shapes.B1, shapes.B2)
     optimizer = torch.optim.AdamW(

@@ -33,8 +33,8 @@ def place(model, params, shape: Shape):
             getattr(layer.mlp, f"{name}_proj").kernel[...] = jnp.asarray(blocks["mlp"][name]["kernel"][i])
 
 
-def build(shape: Shape):
-    """(logits of tokens, one update and its loss)."""
+def model_of(shape: Shape) -> Llama3:
+    """Its Llama with our weights."""
     config = ModelConfig(
         num_layers=shape.L,
         vocab_size=shape.V,
@@ -48,6 +48,12 @@ def build(shape: Shape):
     )
     model = Llama3(config, rngs=nnx.Rngs(0))
     place(model, shapes.weights(shape), shape)
+    return model
+
+
+def build(shape: Shape):
+    """(logits of tokens, one update and its loss)."""
+    model = model_of(shape)
     tx = optax.adamw(shapes.LEARNING_RATE, shapes.B1, shapes.B2, shapes.EPSILON, weight_decay=shapes.DECAY)
     trainer = peft_trainer.PeftTrainer(model, tx, peft_trainer.TrainingConfig(eval_every_n_steps=1 << 30))
 
