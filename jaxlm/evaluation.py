@@ -248,8 +248,8 @@ def _generate(config: RunConfig, out: str | Path | None) -> Generated:
         part = folder / "evaluation.json.part"
         part.write_text(json.dumps(found.value, indent=1) + "\n")
         part.replace(folder / "evaluation.json")
-        facts = {"model": path, "sampling": str(generation.sampling)}
-        write_answers_page(folder / "report.html", "Generated answers", facts, measured, answered, tokenizer)
+        facts = {"model": path, "sampling": str(generation.sampling).removeprefix("Sampling")[1:-1]}
+        write_answers_page(folder / "report.html", f"Answers of {path}", facts, measured, answered, tokenizer)
     return found
 
 

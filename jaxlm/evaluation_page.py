@@ -38,7 +38,7 @@ def write_answers_page(
     sections = [
         ("Accuracy", "Per cent, with 95 % intervals over records.", _accuracy(measured)),
         ("Calibration", f"{means}. On the line, a claim of 80 % is right in 80 % of cases.", _reliability(measured)),
-        ("Numbers", "In brackets 95 % intervals over records.", _numbers(measured)),
+        ("Numbers", "Per cent where nothing else is said; in brackets 95 % intervals.", _numbers(measured)),
         ("Right and wrong", "The first samples of each kind.", _examples(answered, tokenizer)),
     ]
     body = "".join(
@@ -61,15 +61,10 @@ def _accuracy(measured: Sequence[Measured]) -> str:
         ]
 
     panels = {"accuracy": rows([m.accuracy for m in measured])}
-    panels |= {f"pass@{k}": rows([m.pass_at[k] for m in measured]) for k in measured[0].pass_at if k > 1}
-    ks = [k for k in measured[0].pass_at if k > 1]
-    panels |= {
-        f"majority@{k}": rows([m.majority_at.get(k) for m in measured])
-        for k in ks
-        if any(m.majority_at for m in measured)
-    }
-    shown = dict(list(panels.items())[:4])
-    return dots("accuracy", shown, zero=list(shown), unit="per cent")
+    if ks := measured[0].pass_at:
+        panels[f"pass@{max(ks)}"] = rows([m.pass_at[max(ks)] for m in measured])
+        panels[f"majority@{max(ks)}"] = rows([m.majority_at.get(max(ks)) for m in measured])
+    return dots("accuracy", panels, zero=list(panels), unit="per cent")
 
 
 def _reliability(measured: Sequence[Measured]) -> str:
@@ -102,22 +97,27 @@ def _reliability(measured: Sequence[Measured]) -> str:
 
 
 def _numbers(measured: Sequence[Measured]) -> str:
-    names = ["accuracy", *(f"pass@{k}" for k in measured[0].pass_at), *(f"majority@{k}" for k in measured[0].pass_at)]
-    names += ["mean score", "cut off", "tokens", "calibration error", "Brier score", "records", "samples", "verifier"]
+    """A column a task."""
+    rows: dict[str, list[str]] = {"accuracy": [_estimate(m.accuracy) for m in measured]}
+    for k in measured[0].pass_at:
+        rows[f"pass@{k}"] = [_estimate(m.pass_at[k]) for m in measured]
+    for k in measured[0].pass_at:
+        rows[f"majority@{k}"] = [_estimate(m.majority_at.get(k)) for m in measured]
+    known = [m.calibration for m in measured]
+    rows["mean score"] = [_estimate(m.score, 1, 3) for m in measured]
+    rows["calibration error"] = [_estimate(c and c.error, 1, 3) for c in known]
+    rows["Brier score"] = [_estimate(c and c.brier, 1, 3) for c in known]
+    rows["cut off by the length limit"] = [f"{100 * m.cut_off:.1f} %" for m in measured]
+    rows["tokens of an answer"] = [f"{m.tokens:.1f}" for m in measured]
+    rows["records, samples of each"] = [f"{m.questions}, {m.samples}" for m in measured]
+    rows["verifier"] = [m.verifier for m in measured]
+    head = "".join(f"<th>{html.escape(m.task)}</th>" for m in measured)
     body = ""
-    for m in measured:
-        error = brier = "-"
-        if m.calibration is not None:
-            error, brier = (_estimate(e, 1, 3) for e in (m.calibration.error, m.calibration.brier))
-        cells = [_estimate(m.accuracy), *(_estimate(e) for e in m.pass_at.values())]
-        cells += [_estimate(m.majority_at.get(k)) for k in m.pass_at]
-        cells += [f"{m.score.mean:.3f}", f"{100 * m.cut_off:.1f} %", f"{m.tokens:.1f}", error, brier]
-        cells += [str(m.questions), str(m.samples), m.verifier]
+    for name, cells in rows.items():
         said = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        body += f'<tr><th scope="row">{html.escape(m.task)}</th>{said}</tr>'
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+        body += f'<tr><th scope="row">{html.escape(name)}</th>{said}</tr>'
     return (
-        f'<div class="wide"><table class="numbers"><thead><tr><th>task</th>{head}</tr></thead>'
+        f'<div class="wide"><table class="numbers"><thead><tr><th></th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
