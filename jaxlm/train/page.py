@@ -89,6 +89,8 @@ def render(runs: Sequence[Run], specialists: Sequence[Scores] = ()) -> str:
     tasks = [name.removeprefix("loss/") for name in metrics if name.startswith("loss/")]
     losses = [_panel("All tasks", "nats / token", "loss", runs)]
     losses += [_panel(task, "nats / token", f"loss/{task}", runs) for task in tasks]
+    asked = [name.removeprefix("accuracy/") for name in metrics if name.startswith("accuracy/")]
+    answers = [_panel(task, "share right", f"accuracy/{task}", runs, from_zero=True) for task in asked]
     how = [
         _panel("Learning rate", "", "learning_rate", runs, from_zero=True, smooth=False),
         _panel("Update norm", "", "update_norm", runs, from_zero=True),
@@ -101,8 +103,13 @@ def render(runs: Sequence[Run], specialists: Sequence[Scores] = ()) -> str:
     sections = [
         _section(*numbers_section(scores, specialists, names)),
         _section(*scores_section(scores)),
-        _section("Before and after", "Held-out records under teacher forcing.", _before_and_after(runs, tasks)),
+        _section(
+            "Before and after",
+            "Held-out records; accuracy is of the model's own answers.",
+            _before_and_after(runs, tasks),
+        ),
         _section("Loss", "Thin lines: training. Dots: held-out records.", picture("loss", losses, names)),
+        _section("Generated answers", "", picture("answers", answers, names) if answers else ""),
         _section(
             "What is held",
             "Overlap: Jaccard index of held sets; grey: what two random sets of that size share.",
@@ -170,16 +177,22 @@ def _facts(runs: Sequence[Run]) -> str:
 
 def _before_and_after(runs: Sequence[Run], tasks: Sequence[str]) -> str:
     """First and last held-out metrics of each task, the runs beside each other."""
-    kinds = [("loss", "loss, nats / token"), ("perplexity", "perplexity"), ("exact_match", "exact match")]
+    kinds = {
+        "loss": "loss, nats / token",
+        "perplexity": "perplexity",
+        "exact_match": "exact match",
+        "accuracy": "accuracy",
+    }
     body = []
     for task in tasks:
-        for index, (kind, label) in enumerate(kinds):
-            cells = [_change(run, f"{kind}/{task}", kind == "exact_match") for run in runs]
+        rows = {}
+        for kind, label in kinds.items():
+            cells = [_change(run, f"{kind}/{task}", kind in ("exact_match", "accuracy")) for run in runs]
             if any(cells):
-                head = f'<th scope="rowgroup" rowspan="{len(kinds)}">{html.escape(task)}</th>' if index == 0 else ""
-                body.append(
-                    f"<tr>{head}<td>{label}</td>{''.join(cell or '<td colspan=3></td>' for cell in cells)}</tr>"
-                )
+                rows[label] = "".join(cell or "<td colspan=3></td>" for cell in cells)
+        for index, (label, cells) in enumerate(rows.items()):
+            head = f'<th scope="rowgroup" rowspan="{len(rows)}">{html.escape(task)}</th>' if index == 0 else ""
+            body.append(f"<tr>{head}<td>{label}</td>{cells}</tr>")
     if not body:
         return ""
     names = "".join(f'<th colspan="3">{html.escape(run.name)}</th>' for run in runs)
