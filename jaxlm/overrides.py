@@ -87,7 +87,8 @@ def _build(cls: type, values: dict[str, Any], node: _Node, path: str) -> Any:
     for name, child in node.inside.items():
         if name not in declared:
             raise ValueError(f"{cls.__name__} has no field {name!r}{_suggestion(cls, name, declared)}")
-        values[name] = _apply(values.get(name), declared[name], child, _join(path, name))
+        present = values[name] if name in values else _default(cls, name)
+        values[name] = _apply(present, declared[name], child, _join(path, name))
     needed = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in values and _required(f)]
     if needed:
         raise ValueError(f"{cls.__name__} needs {needed[0]}: give {_join(path, needed[0])}=...")
@@ -98,6 +99,14 @@ def _build(cls: type, values: dict[str, Any], node: _Node, path: str) -> Any:
 
 def _required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _default(cls: type, name: str) -> Any:
+    """What a field is when it is not given; None where it must be."""
+    (field,) = (field for field in dataclasses.fields(cls) if field.name == name)
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def _in_tuple(value: tuple, declared: Any, node: _Node, path: str) -> tuple:

@@ -21,6 +21,7 @@ from jaxlm.evaluation_page import write_answers_page
 from jaxlm.generate.engine import Sampling
 from jaxlm.methods import Sft
 from jaxlm.nn import Model, ModelConfig
+from jaxlm.overrides import override
 from jaxlm.rewards import ExactMatch, NumericMatch
 from jaxlm.run import answerer, load_model, load_tokenizer, make_job, open_data
 from jaxlm.train import AdamW, MeshOptions, RunOptions
@@ -315,3 +316,7 @@ def test_a_record_that_cannot_be_asked_is_told_before_a_token_is_sampled(source,
 def test_a_config_with_generation_is_stored_and_overridden():
     whole = config(dataclasses.replace(SAMPLED, verifiers={"copying": NumericMatch(relative=0.1)}))
     assert from_json(json.loads(json.dumps(to_json(whole)))) == whole
+    said = ["generation=Generation", "generation.sampling.max_tokens=3"]
+    greedy = override(config(), said).generation
+    assert greedy == Generation(sampling=Sampling(max_tokens=3, temperature=0.0)), "what is not said is its default"
+    assert override(whole, said).generation.sampling == dataclasses.replace(SAMPLED.sampling, max_tokens=3)
