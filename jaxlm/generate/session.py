@@ -157,7 +157,10 @@ class Session:
         """Slots long enough for all requests; shorter ones only once nothing runs."""
         sampler = self._sampler
         needed = max((len(r.tokens) + r.sampling.max_tokens for r in self._requests.values()), default=0)
-        size = sampler.size if device.by_size(sampler.model.config) else bucket(needed, sampler.size)
+        # Every step reads whole slots: their sizes have half steps too, 64, 128, 192, 256, 384 ...
+        size = bucket(needed, sampler.size)
+        size = 3 * size // 4 if size > 2 * SHORTEST and needed <= 3 * size // 4 else size
+        size = sampler.size if device.by_size(sampler.model.config) else size
         pages = -(-size // device.PAGE) * device.PAGE
         if self._slots is None or (not self._running and pages != self._slots.cache.size):
             self._slots = device.empty(sampler.model, sampler.num_slots, size)

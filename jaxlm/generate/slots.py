@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.generate.drawing import Drawn, Draws, Kind, Processor, Seen, draw
-from jaxlm.nn.cache import Cache, empty_cache, put_rows
+from jaxlm.nn.cache import Cache, apart, empty_cache, put_rows, together
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.decoder import Model, Params
 from jaxlm.nn.position_kinds import DynamicScaling, Rope
@@ -161,7 +161,9 @@ def decode(
       kind: of draws, and `processors`: see `draw`.
     Returns: new slots, what was drawn [B, chunk], how much of it is real [B].
     """
-    params = within_reach(model, params)
+    laid_apart = jax.default_backend() == "cpu"  # see `layers`
+    if laid_apart:
+        params, slots = {**params, "blocks": layers(model, params)}, slots._replace(cache=apart(slots.cache))
     B = len(slots.counts)
     rows = jnp.arange(B, dtype=jnp.int32)
     zero = jnp.zeros((B, chunk), jnp.float32)
@@ -197,14 +199,13 @@ def decode(
     slots = slots._replace(running=slots.running & alive)
     start = (jnp.int32(0), slots, drawn, jnp.zeros(B, jnp.int32))
     _, slots, drawn, real = jax.lax.while_loop(goes_on, one, start)
-    return slots, drawn, real
+    return slots._replace(cache=together(slots.cache)) if laid_apart else slots, drawn, real
 
 
-def within_reach(model: Model, params: Params) -> Params:
-    """On CPU each layer's parameters by themselves, once for a whole chunk: there a scan copies those of a layer
-    before each product (`docs/benchmarks/decode.md`).  Elsewhere products read the stack itself.
+def layers(model: Model, params: Params) -> tuple[Params, ...]:
+    """Each layer's parameters by themselves.
+
+    On CPU a scan copies those of a layer before each product; so they, and the cache, are laid apart once for a whole
+    chunk (`docs/benchmarks/decode.md`).  Elsewhere products read the stack itself.
     """
-    if jax.default_backend() != "cpu":
-        return params
-    layers = range(model.config.num_layers)
-    return {**params, "blocks": tuple(jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in layers)}
+    return tuple(jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(model.config.num_layers))

@@ -40,12 +40,12 @@ class Cache(NamedTuple):
     @property
     def page(self) -> int:
         """C, tokens of a page."""
-        return self.keys.shape[-2]
+        return leaf_shape(self.keys)[-2]
 
     @property
     def size(self) -> int:
         """P C, tokens that a row can hold."""
-        return self.keys.shape[-3] * self.keys.shape[-2]
+        return leaf_shape(self.keys)[-3] * self.page
 
     def row_positions(self, count: int) -> jax.Array:
         """Positions of the next `count` tokens of each row, [B, count] int32."""
@@ -121,25 +121,50 @@ def write(cache: Cache, entries: Entries, counts: jax.Array) -> Cache:
       entries: of T tokens a row.
       counts: [B] int32 in 0 .. T, how many of them are real.  A row without room for its own stays as it is.
     """
-    T, C, P = entries.keys.shape[-2], cache.page, cache.keys.shape[-3]
+    T, C, P = leaf_shape(entries.keys)[-2], cache.page, leaf_shape(cache.keys)[-3]
     counts = jnp.where(fits(cache, counts), counts, 0)
     token = jnp.arange(T, dtype=jnp.int32)[None]
     slots = cache.lengths[:, None] + token
     pages = jnp.where(token < counts[:, None], slots // C, P)  # P lies outside: not written
     lengths = cache.lengths + counts
     keys, values = (
-        _put(store, new, pages, slots % C)
+        jax.tree.map(lambda store, new: _put(store, new, pages, slots % C), store, new)
         for store, new in ((cache.keys, entries.keys), (cache.values, entries.values))
     )
     recent, recent_from = cache.recent, cache.recent_from
     if recent is not None and recent_from is not None and entries.recent is not None:
-        kept = entries.recent.shape[-2]
+        kept = leaf_shape(entries.recent)[-2]
         first = jnp.maximum(counts - kept, 0)
         token = first[:, None] + jnp.arange(kept, dtype=jnp.int32)[None]
         position = (cache.dropped + cache.lengths)[:, None] + token
-        recent = _put(recent, entries.recent, jnp.where(token < counts[:, None], position // C % 2, 2), position % C)
+        half = jnp.where(token < counts[:, None], position // C % 2, 2)
+        recent = jax.tree.map(lambda store, new: _put(store, new, half, position % C), recent, entries.recent)
         recent_from = jnp.maximum(recent_from, cache.dropped + lengths - 2 * C)
     return Cache(keys, values, recent, lengths, cache.dropped, recent_from)
+
+
+def leaf_shape(store: jax.Array | tuple[jax.Array, ...]) -> tuple[int, ...]:
+    """The shape of a stack of layers, or of the first of layers that lie apart."""
+    return jax.tree.leaves(store)[0].shape
+
+
+def apart(cache: Cache) -> Cache:
+    """The cache with tuples of its layers for stacks of them, for `Model.extend` with a tuple of layers.
+
+    On CPU a layer of a stack is copied before each product; `together` undoes it.
+    """
+
+    def layers(stack: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(stack[i] for i in range(stack.shape[0]))
+
+    recent = None if cache.recent is None else layers(cache.recent)
+    return cache._replace(keys=layers(cache.keys), values=layers(cache.values), recent=recent)  # type: ignore[arg-type]
+
+
+def together(cache: Cache) -> Cache:
+    """What `apart` was given."""
+    recent = None if cache.recent is None else jnp.stack(cache.recent)
+    return cache._replace(keys=jnp.stack(cache.keys), values=jnp.stack(cache.values), recent=recent)
 
 
 def fits(cache: Cache, counts: jax.Array) -> jax.Array:

@@ -282,7 +282,7 @@ def _scan_layers(
     """Runs `layer(x, p, window, held) -> (x, made)` over the stacked layers; what they made is stacked too.
 
     Windows are static when all layers agree, else they travel as scanned values.  A tuple of layers, instead of a
-    stack, is run by a plain loop.
+    stack, is run by a plain loop; what these hold and make are tuples too.
     """
     windows = [None if window is None or window >= length else window for window in config.layer_windows]
     alike = len(set(windows)) == 1
@@ -298,9 +298,10 @@ def _scan_layers(
     if isinstance(blocks, tuple):
         made = []
         for i, p in enumerate(blocks):
-            x, new = body(x, (p, *jax.tree.map(lambda leaf, i=i: leaf[i], (scanned, held))))
+            of_layer = None if held is None else tuple(None if part is None else part[i] for part in held)
+            x, new = body(x, (p, None if scanned is None else scanned[i], of_layer))
             made.append(new)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
+        return x, tuple(None if part[0] is None else part for part in zip(*made, strict=True))
     return jax.lax.scan(body, x, (blocks, scanned, held))
 
 
