@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from jaxlm.comparison_lengths_report import LengthArm, reach
 from jaxlm.config import LengthComparison
-from jaxlm.train.bootstrap import Interval
+from jaxlm.resampling import Interval
 from jaxlm.train.charts import MARKERS, Row, dots
 from jaxlm.train.page_style import STYLE, TEMPLATE
 from jaxlm.train.pictures import COLOURS, DASHES, drawing

@@ -12,8 +12,7 @@ import numpy as np
 from jaxlm.comparison import unfinished
 from jaxlm.comparison_lengths import Tested, best_rate, read_tested
 from jaxlm.config import LengthComparison
-from jaxlm.train.bootstrap import Interval
-from jaxlm.train.resampling import resampled_means
+from jaxlm.resampling import Interval, resampled_means
 
 TIMES = 16  # the ratio that sums an arm up is that of this many times the training length, or the longest below
 

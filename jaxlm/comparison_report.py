@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxlm.comparison import Trained, best_rate, read_trained, unfinished
 from jaxlm.config import ALONE, Comparison
-from jaxlm.train.bootstrap import Difference, Interval, difference, holm, paired_bootstrap
+from jaxlm.resampling import Interval
+from jaxlm.train.bootstrap import Difference, difference, holm, paired_bootstrap
 from jaxlm.train.continual import continual_metrics
 from jaxlm.train.score_matrix import ScoreMatrix
 

@@ -21,11 +21,11 @@ from jaxlm.evaluation_metrics import Measured, as_json, measure, overall
 from jaxlm.evaluation_page import write_answers_page
 from jaxlm.evaluation_samples import write_samples
 from jaxlm.nn.decoder import Model, Params
+from jaxlm.resampling import Interval
 from jaxlm.rewards.choices import MultipleChoice
 from jaxlm.rewards.matching import ExactMatch, NormalisedMatch
 from jaxlm.rewards.mathematics import MathMatch
 from jaxlm.rewards.numeric import NumericMatch
-from jaxlm.rewards.resampled import Estimate
 from jaxlm.run import answerer, load_model, load_tokenizer, open_data
 from jaxlm.train.held_out import evaluate, score_windows, suited
 from jaxlm.train.mesh import check_rows, make_mesh
@@ -73,7 +73,7 @@ class Generated(NamedTuple):
     """
 
     tasks: Sequence[Measured]
-    accuracy: Estimate
+    accuracy: Interval
     value: dict[str, Any]
 
 
@@ -177,11 +177,11 @@ def answers_table(found: Generated) -> str:
     return _aligned([*rows, all_ + [""] * (len(rows[0]) - len(all_))])
 
 
-def _share(found: Estimate | None) -> str:
+def _share(found: Interval | None) -> str:
     return "-" if found is None else f"{100 * found.mean:.1f}"
 
 
-def _between(found: Estimate) -> str:
+def _between(found: Interval) -> str:
     return f"{100 * found.low:.1f} to {100 * found.high:.1f}"
 
 

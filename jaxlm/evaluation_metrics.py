@@ -12,9 +12,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxlm.evaluation_samples import Answered
+from jaxlm.resampling import Interval
 from jaxlm.rewards.many_samples import majority_at_k, pass_at_k
 from jaxlm.rewards.reliability import Calibration, calibration
-from jaxlm.rewards.resampled import Estimate, interval_of_mean
+from jaxlm.rewards.resampled import interval_of_mean
 
 Confidence = Literal["votes", "likelihood"]
 CONFIDENCE: Mapping[Confidence | None, str] = {
@@ -45,10 +46,10 @@ class Measured(NamedTuple):
     verifier: str
     questions: int
     samples: int
-    accuracy: Estimate
-    score: Estimate
-    pass_at: Mapping[int, Estimate]
-    majority_at: Mapping[int, Estimate]
+    accuracy: Interval
+    score: Interval
+    pass_at: Mapping[int, Interval]
+    majority_at: Mapping[int, Interval]
     cut_off: float
     tokens: float
     confidence: Confidence | None
@@ -66,7 +67,7 @@ def measure(answered: Answered, ks: Sequence[int], *, resamples: int = 10_000) -
     asked, completions, scores, answers = answered
     right = scores == 1
 
-    def over_questions(values: Sequence[float] | np.ndarray) -> Estimate:
+    def over_questions(values: Sequence[float] | np.ndarray) -> Interval:
         return interval_of_mean(np.asarray(values, np.float64), resamples=resamples)
 
     votes = hasattr(asked.verifier, "answer")
@@ -88,7 +89,7 @@ def measure(answered: Answered, ks: Sequence[int], *, resamples: int = 10_000) -
     )
 
 
-def overall(answered: Sequence[Answered], *, resamples: int = 10_000) -> Estimate:
+def overall(answered: Sequence[Answered], *, resamples: int = 10_000) -> Interval:
     """The accuracy over the questions of all tasks, each question weighing the same."""
     return interval_of_mean(np.concatenate([(a.scores == 1).mean(axis=1) for a in answered]), resamples=resamples)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxlm.evaluation_metrics import CONFIDENCE, Measured
 from jaxlm.evaluation_samples import Answered
-from jaxlm.rewards.resampled import Estimate
+from jaxlm.resampling import Interval
 from jaxlm.train.charts import Row, dots
 from jaxlm.train.page_style import STYLE, TEMPLATE
 from jaxlm.train.pictures import COLOURS, TEXT, WIDTH, drawing
@@ -53,7 +53,7 @@ def write_answers_page(
 
 
 def _accuracy(measured: Sequence[Measured]) -> str:
-    def rows(found: Sequence[Estimate | None]) -> list[Row]:
+    def rows(found: Sequence[Interval | None]) -> list[Row]:
         pairs = zip(measured, found, strict=True)
         return [
             Row(m.task, math.nan) if e is None else Row(m.task, 100 * e.mean, 100 * e.low, 100 * e.high)
@@ -122,7 +122,7 @@ def _numbers(measured: Sequence[Measured]) -> str:
     )
 
 
-def _estimate(found: Estimate | None, scale: float = 100, digits: int = 1) -> str:
+def _estimate(found: Interval | None, scale: float = 100, digits: int = 1) -> str:
     if found is None:
         return "-"
     mean, low, high = (f"{scale * x:.{digits}f}" for x in found)

@@ -9,7 +9,6 @@ __getattr__, __dir__ = attach(
         "Bin": "reliability",
         "Calibration": "reliability",
         "Check": "verifier",
-        "Estimate": "resampled",
         "ExactMatch": "matching",
         "GymMatch": "exercises",
         "MathMatch": "mathematics",

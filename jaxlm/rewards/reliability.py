@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.rewards.resampled import Estimate, resampled
+from jaxlm.resampling import Interval
+from jaxlm.rewards.resampled import resampled
 
 
 class Bin(NamedTuple):
@@ -15,7 +16,7 @@ class Bin(NamedTuple):
     high: float
     answers: int
     confidence: float
-    right: Estimate
+    right: Interval
 
 
 class Calibration(NamedTuple):
@@ -27,8 +28,8 @@ class Calibration(NamedTuple):
       bins: what the error is made of.
     """
 
-    error: Estimate
-    brier: Estimate
+    error: Interval
+    brier: Interval
     bins: tuple[Bin, ...]
 
 
@@ -96,7 +97,7 @@ def _bin(sums_Q3: np.ndarray, place: int, num_bins: int, resamples: int, seed: i
     count, confidence, _ = sums_Q3.sum(axis=0)
     low, high = place / num_bins, (place + 1) / num_bins
     if not count:
-        return Bin(low, high, 0, np.nan, Estimate(np.nan, np.nan, np.nan))
+        return Bin(low, high, 0, np.nan, Interval(np.nan, np.nan, np.nan))
     right = resampled(sums_Q3[:, [0, 2]], _ratio, resamples=resamples, seed=seed)
     return Bin(low, high, int(count), float(confidence / count), right)
 

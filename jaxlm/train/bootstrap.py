@@ -9,19 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxlm.resampling import Interval, resampled_means
 from jaxlm.train.continual import metric_of
-from jaxlm.train.resampling import resampled_means
 from jaxlm.train.score_matrix import Baseline, ScoreMatrix, baseline_items, check_same_items
 
 Arm = ScoreMatrix | Sequence[ScoreMatrix]
-
-
-class Interval(NamedTuple):
-    """A number and its 95 % interval over items."""
-
-    mean: float
-    low: float
-    high: float
 
 
 class Difference(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.train.resampling import resampled_means
+from jaxlm.resampling import resampled_means
 from jaxlm.train.score_matrix import Baseline, ScoreMatrix, baseline_items
 from jaxlm.train.task_table import METRICS, NEED_SPECIALIST, mean_of_defined, task_table
 

@@ -4,9 +4,9 @@
 import numpy as np
 import pytest
 
+from jaxlm.resampling import resampled_means
 from jaxlm.train.bootstrap import difference, holm, paired_bootstrap
 from jaxlm.train.continual import metric_of
-from jaxlm.train.resampling import resampled_means
 from jaxlm.train.score_matrix import ScoreMatrix
 
 

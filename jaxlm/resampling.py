@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bootstrap's draws: many tasks, arms and seeds at once, every one of them seeing the same items.  NumPy only.
+"""The bootstrap: draws in which tasks, arms and seeds all see the same items, and what an interval is.  NumPy only.
 
 R resamples, n items of a task, K columns of scores.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 _DRAWN_AT_ONCE = 2_000_000  # items; 16 MB
+
+
+class Interval(NamedTuple):
+    """A number and its 95 % interval over items."""
+
+    mean: float
+    low: float
+    high: float
 
 
 def resampled_means(values: Sequence[np.ndarray], *, resamples: int, seed: int) -> list[np.ndarray]:
