@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.generate.drawing import Drawn, Draws, Kind, Processor, Seen, draw
-from jaxlm.nn.cache import Cache, apart, empty_cache, put_rows, together
+from jaxlm.nn.cache import Cache, apart, empty_cache, put_rows, write
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.decoder import Model, Params
 from jaxlm.nn.position_kinds import DynamicScaling, Rope
@@ -78,7 +78,7 @@ def empty(model: Model, num_slots: int, size: int) -> Slots:
     temperature, top_p, min_p = (jnp.ones(B, jnp.float32) for _ in range(3))
     top_k, prompts, counts, limits = (jnp.zeros(B, jnp.int32) for _ in range(4))
     keys = jnp.zeros((B, *jax.random.key_data(jax.random.key(0)).shape), jnp.uint32)
-    cache = empty_cache(model.config, B, size, page=PAGE)
+    cache = laid(empty_cache(model.config, B, size, page=PAGE))
     history = jnp.zeros((B, cache.size), jnp.int32)
     draws = Draws(temperature, top_p, top_k, min_p, keys)
     return Slots(cache, history, prompts, counts, limits, jnp.zeros(B, bool), draws)
@@ -88,7 +88,7 @@ def empty(model: Model, num_slots: int, size: int) -> Slots:
 def lengthened(model: Model, size: int, slots: Slots) -> Slots:
     """The same slots with room for more tokens."""
     rows = jnp.arange(len(slots.counts), dtype=jnp.int32)
-    cache = put_rows(empty_cache(model.config, len(slots.counts), size, page=PAGE), rows, slots.cache, rows)
+    cache = put_rows(laid(empty_cache(model.config, len(rows), size, page=PAGE)), rows, slots.cache, rows)
     history = jnp.pad(slots.history, ((0, 0), (0, cache.size - slots.history.shape[1])))
     return slots._replace(cache=cache, history=history)
 
@@ -128,7 +128,7 @@ def begin(
     ended = jnp.any(drawn.tokens[:, None] == stops[None], axis=-1) | (group.limits <= 1)
     draws = draws._replace(keys=jax.random.key_data(keys))
     return Slots(
-        put_rows(slots.cache, rows, read, source),
+        put_rows(slots.cache, rows, laid(read), source),
         put(slots.history, history.at[places, prompts].set(drawn.tokens, mode="drop")),
         put(slots.prompts, prompts),
         put(slots.counts, jnp.ones_like(rows)),
@@ -161,25 +161,27 @@ def decode(
       kind: of draws, and `processors`: see `draw`.
     Returns: new slots, what was drawn [B, chunk], how much of it is real [B].
     """
-    laid_apart = jax.default_backend() == "cpu"  # see `layers`
-    if laid_apart:
-        params, slots = {**params, "blocks": layers(model, params)}, slots._replace(cache=apart(slots.cache))
+    if jax.default_backend() == "cpu":
+        params = {**params, "blocks": layers(model, params)}
     B = len(slots.counts)
     rows = jnp.arange(B, dtype=jnp.int32)
     zero = jnp.zeros((B, chunk), jnp.float32)
     drawn = Drawn(jnp.zeros((B, chunk), jnp.int32), zero, zero)
     draws = slots.draws._replace(keys=jax.random.wrap_key_data(slots.draws.keys))
 
+    def newest(slots):
+        return jnp.take_along_axis(slots.history, (slots.prompts + slots.counts)[:, None] - 1, axis=1, mode="clip")
+
     def goes_on(carry):
-        step, slots, _, _ = carry
+        step, slots, *_ = carry
         return (step < chunk) & jnp.any(slots.running)
 
     def one(carry):
-        step, slots, drawn, real = carry
+        step, slots, entries, unwritten, drawn, real = carry
         reads = slots.running.astype(jnp.int32)
         lengths = slots.prompts + slots.counts
-        newest = jnp.take_along_axis(slots.history, lengths[:, None] - 1, axis=1, mode="clip")
-        hidden, cache = model.extend(params, newest, slots.cache, reads)
+        cache = write(slots.cache, entries, unwritten)  # of the step before: see `Model.peek`
+        hidden, entries = model.peek(params, newest(slots), cache, reads)
         new = draw(
             model.logits(params, hidden[:, 0]),
             draws,
@@ -194,18 +196,26 @@ def decode(
         where = jnp.where(slots.running, lengths, slots.history.shape[1])  # behind the end: not written
         history = slots.history.at[rows, where].set(new.tokens, mode="drop")
         slots = slots._replace(cache=cache, history=history, counts=counts, running=slots.running & ~ended)
-        return step + 1, slots, drawn, real + reads
+        return step + 1, slots, entries, reads, drawn, real + reads
 
     slots = slots._replace(running=slots.running & alive)
-    start = (jnp.int32(0), slots, drawn, jnp.zeros(B, jnp.int32))
-    _, slots, drawn, real = jax.lax.while_loop(goes_on, one, start)
-    return slots._replace(cache=together(slots.cache)) if laid_apart else slots, drawn, real
+    none = jnp.zeros(B, jnp.int32)
+    _, like = jax.eval_shape(model.peek, params, newest(slots), slots.cache, none)
+    entries = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    start = (jnp.int32(0), slots, entries, none, drawn, none)
+    _, slots, entries, unwritten, drawn, real = jax.lax.while_loop(goes_on, one, start)
+    return slots._replace(cache=write(slots.cache, entries, unwritten)), drawn, real
+
+
+def laid(cache: Cache) -> Cache:
+    """The cache as the slots hold it: on CPU its layers apart, as their parameters (`layers`)."""
+    return apart(cache) if jax.default_backend() == "cpu" else cache
 
 
 def layers(model: Model, params: Params) -> tuple[Params, ...]:
     """Each layer's parameters by themselves.
 
-    On CPU a scan copies those of a layer before each product; so they, and the cache, are laid apart once for a whole
-    chunk (`docs/benchmarks/decode.md`).  Elsewhere products read the stack itself.
+    On CPU a scan copies those of a layer before each product; so they are laid apart once for a whole chunk
+    (`docs/benchmarks/decode.md`).  Elsewhere products read the stack itself.
     """
     return tuple(jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(model.config.num_layers))

@@ -151,7 +151,7 @@ def leaf_shape(store: jax.Array | tuple[jax.Array, ...]) -> tuple[int, ...]:
 def apart(cache: Cache) -> Cache:
     """The cache with tuples of its layers for stacks of them, for `Model.extend` with a tuple of layers.
 
-    On CPU a layer of a stack is copied before each product; `together` undoes it.
+    On CPU a layer of a stack is copied before each product.
     """
 
     def layers(stack: jax.Array) -> tuple[jax.Array, ...]:
@@ -159,12 +159,6 @@ def apart(cache: Cache) -> Cache:
 
     recent = None if cache.recent is None else layers(cache.recent)
     return cache._replace(keys=layers(cache.keys), values=layers(cache.values), recent=recent)  # type: ignore[arg-type]
-
-
-def together(cache: Cache) -> Cache:
-    """What `apart` was given."""
-    recent = None if cache.recent is None else jnp.stack(cache.recent)
-    return cache._replace(keys=jnp.stack(cache.keys), values=jnp.stack(cache.values), recent=recent)
 
 
 def fits(cache: Cache, counts: jax.Array) -> jax.Array:
@@ -263,16 +257,14 @@ def put_rows(cache: Cache, rows: jax.Array, other: Cache, source: jax.Array) -> 
     Args:
       cache: keeps its size; what `other` has beyond it must be unused.
       rows: int32 [n]; those outside the cache are not written.
-      other: prompts just read, say.
+      other: prompts just read, say; `apart` if the cache is.
       source: int32 [n]; a row may be taken more than once (samples of one prompt).
     """
-    pages = min(cache.keys.shape[-3], other.keys.shape[-3])
 
-    def put(store, new, *, cut):
-        new = jnp.take(new, source, axis=-5)
-        if cut:
-            return store.at[..., rows, :, :pages, :, :].set(new[..., :pages, :, :].astype(store.dtype), mode="drop")
-        return store.at[..., rows, :, :, :, :].set(new.astype(store.dtype), mode="drop")
+    def put(store, new):
+        pages = min(store.shape[-3], new.shape[-3])
+        new = jnp.take(new[..., :pages, :, :], source, axis=-5)
+        return store.at[..., rows, :, :pages, :, :].set(new.astype(store.dtype), mode="drop")
 
     def put_count(counts, new):
         return counts.at[rows].set(jnp.take(new, source), mode="drop")
@@ -280,11 +272,11 @@ def put_rows(cache: Cache, rows: jax.Array, other: Cache, source: jax.Array) -> 
     recent, recent_from = cache.recent, cache.recent_from
     if recent is not None and recent_from is not None:
         assert other.recent is not None and other.recent_from is not None
-        recent = put(recent, other.recent, cut=False)
+        recent = jax.tree.map(put, recent, other.recent)
         recent_from = put_count(recent_from, other.recent_from)
     return Cache(
-        put(cache.keys, other.keys, cut=True),
-        put(cache.values, other.values, cut=True),
+        jax.tree.map(put, cache.keys, other.keys),
+        jax.tree.map(put, cache.values, other.values),
         recent,
         put_count(cache.lengths, other.lengths),
         put_count(cache.dropped, other.dropped),

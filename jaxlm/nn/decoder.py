@@ -132,7 +132,8 @@ class Model:
         def mixing(p, query, key, value, places, window, _):
             return mix(p, query, key, value, config, encoding=places, window=window)
 
-        return self._read(params, tokens, cache, lengths, mixing)
+        hidden, entries = self._read(params, tokens, cache, lengths, mixing)
+        return hidden, write(cache, entries, lengths)
 
     def extend(
         self, params: Params, tokens: jax.Array, cache: Cache, lengths: jax.Array | None = None
@@ -151,6 +152,18 @@ class Model:
           without room for its tokens gets hidden states of NaN and its cache stays as it is.
         Raises: ValueError for more tokens than a page and, outside of jit, for a row without room.
         """
+        lengths = _counts(lengths, tokens)
+        hidden, entries = self.peek(params, tokens, cache, lengths)
+        return hidden, write(cache, entries, lengths)
+
+    def peek(
+        self, params: Params, tokens: jax.Array, cache: Cache, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, Entries]:
+        """What `extend` reads, without writing: hidden states, and the entries for `jaxlm.nn.cache.write`.
+
+        A loop that writes what the step before left, and then peeks, needs no copy of the cache: within one step XLA
+        cannot tell that all of it has been read before it is written.
+        """
         config = self.config
         refuse_long(tokens.shape[1], cache)
         lengths = _counts(lengths, tokens)
@@ -161,14 +174,14 @@ class Model:
             layer = cache._replace(keys=keys, values=values, recent=recent)
             return mix_cached(p, query, key, value, config, layer, window=window)
 
-        hidden, longer = self._read(
+        hidden, entries = self._read(
             params, tokens, cache, lengths, mixing, held=(cache.keys, cache.values, cache.recent)
         )
         lost = jnp.asarray(jnp.nan, hidden.dtype)
-        return jnp.where(fits(cache, lengths)[:, None, None], hidden, lost), longer
+        return jnp.where(fits(cache, lengths)[:, None, None], hidden, lost), entries
 
     def _read(self, params, tokens, cache, counts, mixing, held=None):
-        """All layers over new tokens; `mixing` is their attention.  The cache is read in the scan and written after."""
+        """All layers over new tokens, and what these leave for the cache; `mixing` is their attention."""
         config, T = self.config, tokens.shape[1]
         positions = cache.row_positions(T)
         # Padding repeats the last real position and is token 0, so that it is finite: weights of 0 do not undo NaN.
@@ -189,7 +202,7 @@ class Model:
 
         x = self.constrain(x, RESIDUAL)
         x, entries = _scan_layers(layer, x, params["blocks"], config, cache.size, held)
-        return _norm(params["final_norm"], x, config), write(cache, Entries(*entries), counts)
+        return _norm(params["final_norm"], x, config), Entries(*entries)
 
     def head(self, params: Params) -> jax.Array:
         """The output projection [D, V], float32: the embedding's transpose when tied; an adapter is added in."""
