@@ -190,9 +190,9 @@ def _before_and_after(runs: Sequence[Run], tasks: Sequence[str]) -> str:
             cells = [_change(run, f"{kind}/{task}", kind in ("exact_match", "accuracy")) for run in runs]
             if any(cells):
                 rows[label] = "".join(cell or "<td colspan=3></td>" for cell in cells)
-        for index, (label, cells) in enumerate(rows.items()):
+        for index, (label, shown) in enumerate(rows.items()):
             head = f'<th scope="rowgroup" rowspan="{len(rows)}">{html.escape(task)}</th>' if index == 0 else ""
-            body.append(f"<tr>{head}<td>{label}</td>{cells}</tr>")
+            body.append(f"<tr>{head}<td>{label}</td>{shown}</tr>")
     if not body:
         return ""
     names = "".join(f'<th colspan="3">{html.escape(run.name)}</th>' for run in runs)
