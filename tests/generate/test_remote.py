@@ -96,8 +96,9 @@ def scripted(answer):
 def same(one, two):
     assert one.text == two.text and one.finish_reason == two.finish_reason
     np.testing.assert_array_equal(one.tokens, two.tokens)
-    np.testing.assert_array_equal(one.log_probs, two.log_probs)
-    np.testing.assert_array_equal(one.raw_log_probs, two.raw_log_probs)
+    # How many prompts a server reads at once depends on when they come, and rounding on that.
+    np.testing.assert_allclose(one.log_probs, two.log_probs, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(one.raw_log_probs, two.raw_log_probs, rtol=1e-5, atol=1e-6)
 
 
 def test_nobody_can_tell_it_from_the_embedded_sampler(ours, sampler):
