@@ -5,7 +5,6 @@ Q questions of a task, n samples of each.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from jaxlm.data.prepared import Prepared
 from jaxlm.data.prompts import Prompt, prompts_of
 from jaxlm.data.records import BadRecord, Text, parse
 from jaxlm.data.sources import Records
+from jaxlm.data.stream import named_seed
 from jaxlm.evaluation_options import Generation
 from jaxlm.generate.engine import Completion, Engine
 from jaxlm.rewards.exercises import own_verifier
@@ -109,7 +109,7 @@ def answer(engine: Engine, asked: Asked, generation: Generation) -> Answered:
     A record's samples depend on the seed, the task's name and the record's place in the task, on nothing else: not on
     the number of slots, other tasks or how many records follow.
     """
-    sampling = dataclasses.replace(generation.sampling, seed=_seed(generation.sampling.seed, asked.task))
+    sampling = dataclasses.replace(generation.sampling, seed=named_seed(generation.sampling.seed, asked.task))
     completions = engine.sample([prompt.tokens.tolist() for prompt in asked.prompts], sampling)
     texts = [completion.text for group in completions for completion in group]
     records = [record for record in asked.records for _ in range(sampling.num_samples)]
@@ -182,8 +182,3 @@ def _judged(verifier: Check, record: Mapping[str, Any], place: str) -> None:
         verifier("", record)
     except BadRecord as error:
         raise BadRecord(error.reason, f"{place}: {error}") from error
-
-
-def _seed(seed: int, task: str) -> int:
-    """A seed a task, in [0, 2**31)."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{task}".encode(), digest_size=4).digest(), "little") >> 1

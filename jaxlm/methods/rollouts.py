@@ -5,7 +5,6 @@ P prompts, G samples of each, B = P * G rows, T tokens.
 """
 
 import base64
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxlm.data.prompts import Prompt, prompts_of
+from jaxlm.data.stream import named_seed
 from jaxlm.generate.engine import Completion, Sampling
 from jaxlm.generate.sampler import Sampler
 from jaxlm.losses.policy import kept_tokens, support_log_probs
@@ -121,7 +121,7 @@ class Rollouts:
             top_p=method.top_p,
             top_k=method.top_k,
             min_p=method.min_p,
-            seed=_seed(self._job.options.seed, self._rollouts),
+            seed=named_seed(self._job.options.seed, f"rollout/{self._rollouts}"),
         )
         samples = self._sampler.sample([prompt.tokens.tolist() for prompt in prompts], sampling)
         rewards = self._rewards(prompts, samples)
@@ -229,11 +229,6 @@ def _on_support(function: Callable, model: Model, temperature: float, params: Pa
     hidden = model.apply(params, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
     options = {"temperature": temperature, "softcap": model.config.logit_softcap}
     return function(hidden, model.head(params), batch["tokens"], more, **options)
-
-
-def _seed(seed: int, rollout: int) -> int:
-    """A seed a rollout, in [0, 2**31)."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/rollout/{rollout}".encode(), digest_size=4).digest(), "little") >> 1
 
 
 def _packed(batch: Batch) -> dict[str, Any]:
