@@ -13,8 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxlm.run
 import jaxlm.train.job
+from jaxlm.config import RunConfig
+from jaxlm.data.config import DataConfig, Procedural, Task
 from jaxlm.losses.term import Term
+from jaxlm.nn.config import ModelConfig
 from jaxlm.run import score_after, total_steps
 from jaxlm.train.held_out import Items
 from jaxlm.train.job import Job
@@ -22,6 +26,7 @@ from jaxlm.train.mesh import make_mesh
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.options import AdamW, MeshOptions, RunOptions
 from jaxlm.train.phase import Phase
+from jaxlm.train.reporter import SILENT
 from jaxlm.train.scores import Scores
 
 SHAPES = {"embed": {"table": (4, 8)}, "blocks": {"mlp": {"up": {"kernel": (2, 4, 8)}}}}
@@ -159,6 +164,10 @@ class Heard:
         """Of the lines of a kind, in the order in which they were said."""
         return [line["step"] for line in self.lines if line["kind"] == kind]
 
+    def updates(self):
+        """The metrics of every update."""
+        return [line for line in self.lines if line["kind"] == "train"]
+
     def compiles(self):
         return sum(line.get("name") == "compile" for line in self.lines)
 
@@ -207,6 +216,23 @@ def make_job(
     )  # fmt: skip
 
 
+def decoder_job(method, *, train, length, packing="none", devices=1, reporter=SILENT, **options):
+    """A job over a tiny decoder of bytes and one task, as a run makes it, on the first devices."""
+    test = Procedural(generator="copying", size=8, seed=1, options={"length": 2})
+    options = {"steps": 4, "batch_size": 16, "log_every": 1} | options
+    config = RunConfig(
+        model=ModelConfig(vocab_size=272, width=16, num_layers=2, num_heads=2, mlp_width=32, max_length=128),
+        tokenizer="bytes",
+        data=DataConfig(tasks=(Task(name="copy", train=train, test=test),), length=length, packing=packing),
+        method=method,
+        run=RunOptions(**options),
+    )
+    mesh = make_mesh(MeshOptions(), devices=jax.devices()[:devices])
+    rows = jaxlm.run.open_data(config, jaxlm.run.load_tokenizer(config))
+    model, params = jaxlm.run.load_model(config, mesh, vocabulary=rows[0].vocab_size)
+    return jaxlm.run.make_job(config, mesh, model, params, *rows, reporter, Scores(None, ("copy",)))
+
+
 def finish(method, world, **options):
     """Runs a method to its end, with the columns that `jaxlm.run` adds; returns (parameters, job)."""
     job = make_job(world, **options)
@@ -243,6 +269,6 @@ def quick():
 def spring():
     """The pieces above, for tests; modules here do not import each other."""
     return types.SimpleNamespace(
-        bits=bits, finish=finish, flat=flat_of, Heard=Heard, job=make_job, Killed=Killed, method=Springs(), rate=RATE,
-        size=SIZE, Springs=Springs, tree=tree_of, world=springs, World=World,
+        bits=bits, decoder_job=decoder_job, finish=finish, flat=flat_of, Heard=Heard, job=make_job, Killed=Killed,
+        method=Springs(), rate=RATE, size=SIZE, Springs=Springs, tree=tree_of, world=springs, World=World,
     )  # fmt: skip

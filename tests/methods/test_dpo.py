@@ -2,65 +2,30 @@
 """DPO: pairs stay together, the reference is where training began, the margin grows."""
 
 import dataclasses
+import functools
 import json
 
-import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import RunConfig
 from jaxlm.data.config import DataConfig, JsonLines, Procedural, ProceduralPairs, Rows, Task
 from jaxlm.data.preparation import prepare
 from jaxlm.data.procedural import GENERATORS, Pairs, score
 from jaxlm.data.records import BadRecord, parse
 from jaxlm.data.tokenizers import byte_tokenizer
 from jaxlm.methods.dpo import Dpo, answer_log_probs, referred
-from jaxlm.nn.config import Lora, ModelConfig
-from jaxlm.run import load_model, load_tokenizer, make_job, open_data
-from jaxlm.train.mesh import make_mesh
-from jaxlm.train.options import AdamW, MeshOptions, RunOptions
-from jaxlm.train.reporter import SILENT
-from jaxlm.train.scores import Scores
+from jaxlm.nn.config import Lora
+from jaxlm.train.options import AdamW
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 TINY = Dpo(optimizer=AdamW(learning_rate=1e-2, schedule="constant", warmup=0.0))
 PAIRS = ProceduralPairs(generator="copying", size=40, options={"length": 3})
 
 
-class Lines:
-    """A reporter that keeps the metrics of every update."""
-
-    def __init__(self):
-        self.lines = []
-
-    def train(self, step, metrics):
-        self.lines.append(metrics)
-
-    def evaluation(self, step, metrics): ...
-    def event(self, name, **fields): ...
-    def rewind(self, step): ...
-    def close(self): ...
-
-
-def job_of(method, *, train=PAIRS, devices=1, packing="first_fit", reporter=SILENT, **options):
-    """A job as a run makes it, on the first devices."""
-    test = Procedural(generator="copying", size=8, seed=1, options={"length": 3})
-    options = {"steps": 4, "batch_size": 8, "log_every": 1} | options
-    config = RunConfig(
-        model=ModelConfig(vocab_size=272, width=16, num_layers=2, num_heads=2, mlp_width=32, max_length=128),
-        tokenizer="bytes",
-        data=DataConfig(tasks=(Task(name="copy", train=train, test=test),), length=72, packing=packing),
-        method=method,
-        run=RunOptions(**options),
-    )
-    mesh = make_mesh(MeshOptions(), devices=jax.devices()[:devices])
-    train_rows, test_rows = open_data(config, load_tokenizer(config))
-    model, params = load_model(config, mesh, vocabulary=train_rows.vocab_size)
-    return make_job(config, mesh, model, params, train_rows, test_rows, reporter, Scores(None, ("copy",)))
-
-
-def bits(tree):
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+@pytest.fixture
+def job_of(spring):
+    """A job as a run makes it."""
+    return functools.partial(spring.decoder_job, train=PAIRS, length=72, packing="first_fit", batch_size=8)
 
 
 @pytest.mark.parametrize("packing", ["first_fit", "none"])
@@ -116,19 +81,19 @@ def test_the_rejected_answer_of_an_exercise_is_wrong_in_one_letter(generator):
         assert score(right, {"completion": right}) == 1 and score(wrong, {"completion": right}) == 0
 
 
-def test_the_reference_is_where_training_began():
+def test_the_reference_is_where_training_began(job_of, spring):
     """So that before any update every margin is 0 and the loss is log 2, adapters or not."""
     for method in (TINY, dataclasses.replace(TINY, lora=Lora(rank=2))):
-        reporter = Lines()
+        reporter = spring.Heard()
         job = job_of(method, reporter=reporter, steps=2)
-        before = bits(job.params)
+        before = spring.bits(job.params)
         method.run(job)
-        first, second = reporter.lines
+        first, second = reporter.updates()
         assert first["loss"] == pytest.approx(np.log(2), abs=1e-6) and abs(first["margin"]) < 1e-5
-        assert second["loss"] != first["loss"] and bits(job.params) == before
+        assert second["loss"] != first["loss"] and spring.bits(job.params) == before
 
 
-def test_the_reference_column_is_what_the_model_gives_each_token():
+def test_the_reference_column_is_what_the_model_gives_each_token(job_of):
     job = job_of(TINY)
     batch = next(referred(job.model, job.params, job.mesh, job.batches(), None))
     row = np.flatnonzero(batch["segment_ids"][0] == 2)
@@ -140,35 +105,35 @@ def test_the_reference_column_is_what_the_model_gives_each_token():
     np.testing.assert_allclose(again, batch["reference_log_probs"], rtol=1e-4, atol=1e-5)
 
 
-def test_parts_of_a_batch_and_devices_change_nothing():
+def test_parts_of_a_batch_and_devices_change_nothing(job_of, spring):
     found = []
     for options in ({}, {"micro_batches": 4}, {"devices": 8}):
-        reporter = Lines()
+        reporter = spring.Heard()
         TINY.run(job_of(TINY, reporter=reporter, steps=2, **options))
-        found.append(reporter.lines[1])
+        found.append(reporter.updates()[1])
     for other in found[1:]:
         for name in ("loss", "margin", "accuracy", "chosen_gain", "gradient_norm"):
             np.testing.assert_allclose(other[name], found[0][name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("options", [{"smoothing": 0.1}, {"kind": "ipo", "beta": 0.5}], ids=str)
-def test_the_margin_grows(options):
-    reporter, method = Lines(), dataclasses.replace(TINY, **options)
+def test_the_margin_grows(options, job_of, spring):
+    reporter, method = spring.Heard(), dataclasses.replace(TINY, **options)
     method.run(job_of(method, reporter=reporter, steps=30))
-    first, last = reporter.lines[0], reporter.lines[-1]
+    first, last = reporter.updates()[0], reporter.updates()[-1]
     assert last["loss"] < first["loss"] and last["accuracy"] > 0.6
     assert last["margin"] > 0.3 and last["margin"] == pytest.approx(
         last["chosen_gain"] - last["rejected_gain"], abs=1e-3
     )
 
 
-def test_a_run_that_was_stopped_equals_one_that_was_not(tmp_path):
+def test_a_run_that_was_stopped_equals_one_that_was_not(tmp_path, job_of, spring):
     whole = TINY.run(job_of(TINY))
     TINY.run(job_of(TINY, steps=2, directory=str(tmp_path)))
-    assert bits(TINY.run(job_of(TINY, directory=str(tmp_path)))) == bits(whole)
+    assert spring.bits(TINY.run(job_of(TINY, directory=str(tmp_path)))) == spring.bits(whole)
 
 
-def test_what_cannot_work_is_refused():
+def test_what_cannot_work_is_refused(job_of):
     with pytest.raises(ValueError, match="beta must be positive, got 0"):
         Dpo(beta=0)
     with pytest.raises(ValueError, match=r"smoothing must be in \[0, 0.5\), got 0.5"):

@@ -2,23 +2,18 @@
 """GRPO: what is sampled is what is trained, groups are their own measure, a rollout is a function of few things."""
 
 import dataclasses
+import functools
 
-import jax
 import numpy as np
 import pytest
 
-from jaxlm.config import RunConfig
-from jaxlm.data.config import DataConfig, Procedural, Rows, Task
+from jaxlm.data.config import Procedural, Rows
 from jaxlm.losses.policy import support_log_probs
 from jaxlm.methods.grpo import Grpo
 from jaxlm.methods.rollouts import Rollouts, group_advantages
-from jaxlm.nn.config import Lora, ModelConfig
+from jaxlm.nn.config import Lora
 from jaxlm.rewards import ExactMatch
-from jaxlm.run import load_model, load_tokenizer, make_job, open_data
-from jaxlm.train.mesh import make_mesh
-from jaxlm.train.options import AdamW, MeshOptions, RunOptions
-from jaxlm.train.reporter import SILENT
-from jaxlm.train.scores import Scores
+from jaxlm.train.options import AdamW
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -36,46 +31,22 @@ TINY = Grpo(optimizer=FAST, reward=Letters(), group_size=4, max_tokens=8, kl=0.0
 COPYING = Procedural(generator="copying", size=64, options={"length": 2})
 
 
-class Lines:
-    """A reporter that keeps the metrics of every update."""
-
-    def __init__(self):
-        self.lines = []
-
-    def train(self, step, metrics):
-        self.lines.append(metrics)
-
-    def evaluation(self, step, metrics): ...
-    def event(self, name, **fields): ...
-    def rewind(self, step): ...
-    def close(self): ...
+@pytest.fixture
+def job_of(spring):
+    """A job as a run makes it."""
+    return functools.partial(spring.decoder_job, train=COPYING, length=32)
 
 
-def job_of(method, *, train=COPYING, devices=1, data=None, reporter=SILENT, **options):
-    """A job as a run makes it, on the first devices."""
-    test = Procedural(generator="copying", size=8, seed=1, options={"length": 2})
-    options = {"steps": 4, "batch_size": 16, "log_every": 1} | options
-    config = RunConfig(
-        model=ModelConfig(vocab_size=272, width=16, num_layers=2, num_heads=2, mlp_width=32, max_length=64),
-        tokenizer="bytes",
-        data=DataConfig(
-            **{"tasks": (Task(name="copy", train=train, test=test),), "length": 32, "packing": "none", **(data or {})}
-        ),
-        method=method,
-        run=RunOptions(**options),
-    )
-    mesh = make_mesh(MeshOptions(), devices=jax.devices()[:devices])
-    train_rows, test_rows = open_data(config, load_tokenizer(config))
-    model, params = load_model(config, mesh, vocabulary=train_rows.vocab_size)
-    return make_job(config, mesh, model, params, train_rows, test_rows, reporter, Scores(None, ("copy",)))
+@pytest.fixture
+def rollouts_of(job_of):
+    """A job and what its method samples, from the job's own parameters."""
 
+    def make(method, **options):
+        job = job_of(method, **options)
+        records = job.batches(rows=job.options.batch_size // method.group_size)
+        return job, Rollouts(method, job, method.model(job.model), records, lambda: job.params)
 
-def rollouts_of(method, params=None, **options):
-    job = job_of(method, **options)
-    records = job.batches(rows=job.options.batch_size // method.group_size)
-    return job, Rollouts(
-        method, job, method.model(job.model), records, lambda: job.params if params is None else params
-    )
+    return make
 
 
 FILTERS = [
@@ -87,7 +58,7 @@ FILTERS = [
 
 
 @pytest.mark.parametrize("how", FILTERS, ids=str)
-def test_before_any_update_every_ratio_is_one(how):
+def test_before_any_update_every_ratio_is_one(how, rollouts_of):
     """The sampler's own log-probs against those of the training pass, token by token; all of the vocabulary is off."""
     method = dataclasses.replace(TINY, kl=0.0, **how)
     job, rollouts = rollouts_of(method)
@@ -139,7 +110,7 @@ def hash_of(text):
 
 
 @pytest.mark.parametrize("flat_groups", ["drop", "keep"])
-def test_groups_without_spread_are_counted_and_left_out(flat_groups):
+def test_groups_without_spread_are_counted_and_left_out(flat_groups, rollouts_of):
     method = dataclasses.replace(TINY, reward=Parity(), flat_groups=flat_groups)
     _, rollouts = rollouts_of(method, batch_size=32)
     batch = next(rollouts)
@@ -149,56 +120,52 @@ def test_groups_without_spread_are_counted_and_left_out(flat_groups):
     assert np.all(np.any(batch["loss_weights"][~flat], axis=1))
 
 
-def test_a_rollout_without_any_spread_stays_and_teaches_nothing():
-    reporter = Lines()
+def test_a_rollout_without_any_spread_stays_and_teaches_nothing(job_of, spring):
+    reporter = spring.Heard()
     method = dataclasses.replace(TINY, reward=ExactMatch(), kl=0.0)
     job = job_of(method, reporter=reporter, steps=2)
     after = method.run(job)
-    assert [line["flat_groups"] for line in reporter.lines] == [1.0, 1.0]
-    assert bits(after) == bits(job.params) and reporter.lines[0]["tokens_sampled"] > 16
+    assert [line["flat_groups"] for line in reporter.updates()] == [1.0, 1.0]
+    assert spring.bits(after) == spring.bits(job.params) and reporter.updates()[0]["tokens_sampled"] > 16
 
 
-def bits(tree):
-    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
-
-
-def test_a_rollout_is_a_function_of_seed_number_and_parameters():
+def test_a_rollout_is_a_function_of_seed_number_and_parameters(rollouts_of, spring):
     (_, one), (_, same), (_, other) = rollouts_of(TINY), rollouts_of(TINY), rollouts_of(TINY, seed=1)
     first, second = next(one), next(one)
-    assert bits(first) == bits(next(same)) != bits(next(other))
-    assert bits(first) != bits(second)
+    assert spring.bits(first) == spring.bits(next(same)) != spring.bits(next(other))
+    assert spring.bits(first) != spring.bits(second)
 
 
 @pytest.mark.parametrize(
     "method", [TINY, dataclasses.replace(TINY, lora=Lora(rank=2), top_p=0.9)], ids=["full", "lora"]
 )
-def test_a_run_stopped_within_a_rollout_equals_one_that_was_not(method, tmp_path):
+def test_a_run_stopped_within_a_rollout_equals_one_that_was_not(method, tmp_path, job_of, spring):
     method = dataclasses.replace(method, updates=2)
 
     whole = method.run(job_of(method, steps=4))
     method.run(job_of(method, steps=3, directory=str(tmp_path)))
-    assert bits(method.run(job_of(method, steps=4, directory=str(tmp_path)))) == bits(whole)
+    assert spring.bits(method.run(job_of(method, steps=4, directory=str(tmp_path)))) == spring.bits(whole)
 
 
-def test_parts_of_a_batch_and_devices_change_nothing():
+def test_parts_of_a_batch_and_devices_change_nothing(job_of, spring):
     """One update and its metrics: micro-batches, and eight devices with their parts of the rollout."""
     found = []
     for options in ({}, {"micro_batches": 4}, {"devices": 8}):
-        reporter = Lines()
+        reporter = spring.Heard()
         TINY.run(job_of(TINY, reporter=reporter, steps=1, **options))
         found.append(
-            {name: reporter.lines[0][name] for name in ("loss", "kl", "reward", "group_spread", "gradient_norm")}
+            {name: reporter.updates()[0][name] for name in ("loss", "kl", "reward", "group_spread", "gradient_norm")}
         )
     for other in found[1:]:
         for name, value in found[0].items():
             np.testing.assert_allclose(other[name], value, rtol=2e-4, atol=2e-6, err_msg=name)
 
 
-def test_the_reward_rises_and_the_reference_is_left():
-    reporter = Lines()
+def test_the_reward_rises_and_the_reference_is_left(job_of, spring):
+    reporter = spring.Heard()
     method = dataclasses.replace(TINY, updates=2)
     method.run(job_of(method, reporter=reporter, steps=40, batch_size=32))
-    lines = reporter.lines
+    lines = reporter.updates()
     assert lines[0]["kl"] < 1e-9 and lines[0]["ratio_spread"] < 1e-5 < lines[1]["ratio_spread"]
     assert lines[-1]["kl"] > 0.01
     assert lines[0]["reward"] < 0.2 and lines[-1]["reward"] > 0.5
@@ -206,7 +173,7 @@ def test_the_reward_rises_and_the_reference_is_left():
     assert lines[1]["tokens_sampled"] == 0 < lines[0]["tokens_sampled"] <= 32 * 8
 
 
-def test_what_cannot_work_is_refused():
+def test_what_cannot_work_is_refused(job_of):
     with pytest.raises(ValueError, match="group_size must be at least 2, got 1"):
         Grpo(group_size=1)
     with pytest.raises(ValueError, match="temperature must be positive, got 0"):
@@ -217,7 +184,7 @@ def test_what_cannot_work_is_refused():
         method = dataclasses.replace(TINY, group_size=3)
         method.run(job_of(method))
     with pytest.raises(ValueError, match=r'set data\.packing="none"'):
-        TINY.run(job_of(TINY, data={"packing": "first_fit"}))
+        TINY.run(job_of(TINY, packing="first_fit"))
     with pytest.raises(ValueError, match=r"item \d+: a prompt of 8 tokens and max_tokens 30 do not fit a row of 32"):
         method = dataclasses.replace(TINY, max_tokens=30)
         method.run(job_of(method))
@@ -231,7 +198,7 @@ class Broken:
         return float("nan")
 
 
-def test_a_reward_that_is_no_number_names_the_record():
+def test_a_reward_that_is_no_number_names_the_record(job_of):
     method = dataclasses.replace(TINY, reward=Broken())
     with pytest.raises(ValueError, match=r"record 0: rewards must be finite, got \[nan.*Broken"):
         method.run(job_of(method, train=Rows(records=({"prompt": "a=", "completion": "b"},))))
