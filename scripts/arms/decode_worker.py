@@ -7,13 +7,13 @@ python -m arms.decode_worker NAME SHAPE FOLDER
 import importlib
 import json
 import os
-import resource
 import sys
 import time
 
 import numpy as np
 
 from arms import shapes
+from arms.answering import answers, peak_gib, versions
 
 FILES = {"ours": "decode_ours", "torch": "decode_torch", "tunix": "decode_tunix"}
 FIRST = 3  # smallest token id of a prompt: those below may have a meaning
@@ -22,13 +22,7 @@ FIRST = 3  # smallest token id of a prompt: those below may have a meaning
 def main() -> None:
     """Builds the arm, then serves until told to stop."""
     name, shape_name, folder = sys.argv[1:]
-    # What libraries print must not mix with the answers.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(**fields) -> None:
-        print(json.dumps(fields), file=answers, flush=True)
-
+    answer = answers()
     shape = shapes.SHAPES[shape_name]
     slots = int(os.environ["DECODE_SLOTS"])
     try:
@@ -40,11 +34,7 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         if asked["what"] == "stop":
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            loaded = {
-                library: sys.modules[library].__version__ for library in ("jax", "torch") if library in sys.modules
-            }
-            return answer(peak_gib=peak / 2**30, versions=loaded)
+            return answer(peak_gib=peak_gib(), versions=versions())
         rng = np.random.default_rng(asked["seed"])
         prompts = rng.integers(FIRST, shape.V, (asked["rows"], asked["length"]))
         more = (asked["samples"],) if asked["samples"] > 1 else ()

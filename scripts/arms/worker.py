@@ -5,15 +5,14 @@ python -m arms.worker NAME SHAPE FOLDER
 """
 
 import importlib
-import json
 import os
-import resource
 import sys
 import time
 
 import numpy as np
 
 from arms import shapes
+from arms.answering import answers, peak_gib, versions
 
 FILES = {"ours": "ours", "plain": "plain", "torch": "torch_eager", "tunix": "tunix_trainer"}
 PROBE = 64  # tokens of one row whose logits are compared
@@ -22,13 +21,7 @@ PROBE = 64  # tokens of one row whose logits are compared
 def main() -> None:
     """Builds the arm, then serves until told to stop."""
     name, shape_name, folder = sys.argv[1:]
-    # What libraries print must not mix with the answers.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(**fields) -> None:
-        print(json.dumps(fields), file=answers, flush=True)
-
+    answer = answers()
     shape = shapes.SHAPES[shape_name]
     try:
         logits, step = importlib.import_module(f"arms.{FILES[name]}").build(shape)
@@ -47,13 +40,12 @@ def main() -> None:
             loss = step(tokens)
             answer(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - before, loss=loss)
         elif line.strip() == "stop":
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            return answer(peak_gib=peak / 2**30, **about(name, shape))
+            return answer(peak_gib=peak_gib(), **about(name, shape))
 
 
 def about(name: str, shape: shapes.Shape) -> dict:
     """Versions; for our arm the FLOPs of a step and the peak they are to be compared with."""
-    found = {library: sys.modules[library].__version__ for library in ("jax", "torch") if library in sys.modules}
+    found = versions()
     if name != "ours":
         return {"versions": found}
     import jax
