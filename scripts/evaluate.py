@@ -35,8 +35,8 @@ def main() -> int:
         action="append",
         default=[],
         metavar="[TASK=]NAME",
-        help="who judges, for one \
-        task or all, such as NumericMatch (default: the generator's own scorer, else NormalisedMatch)",
+        help="who judges, for one task or all, such as NumericMatch (default: the generator's own scorer, else "
+        "NormalisedMatch)",
     )
     answers.add_argument("--out", metavar="DIR", help="for samples.jsonl, evaluation.json and report.html")
     arguments = parser.parse_intermixed_args()

@@ -163,6 +163,10 @@ class Model:
 
         A loop that writes what the step before left, and then peeks, needs no copy of the cache: within one step XLA
         cannot tell that all of it has been read before it is written.
+
+        Args: as of `extend`.
+        Returns: hidden states [B, T, D], of NaN under jit for a row without room, and `Entries` of T tokens a row.
+        Raises: ValueError, as `extend`.
         """
         config = self.config
         refuse_long(tokens.shape[1], cache)
