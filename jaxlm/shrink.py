@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.config import Comparison, LengthComparison, Pretrained, RunConfig
-from jaxlm.data.config import DataConfig, LongText, Procedural, ProceduralPairs, Rows, Source, Task
+from jaxlm.data.config import DataConfig, LongText, Procedural, ProceduralPairs, ProceduralPlans, Rows, Source, Task
 from jaxlm.evaluation_options import Generation
 from jaxlm.nn.config import ModelConfig
 from jaxlm.train.options import MeshOptions
@@ -141,7 +141,7 @@ def _generation(generation: Generation) -> Generation:
 
 def _source(source: Source, *, first: int, count: int) -> Source:
     """A few records: of the same generator where it is built in, else sums."""
-    if isinstance(source, Procedural | ProceduralPairs):
+    if isinstance(source, Procedural | ProceduralPairs | ProceduralPlans):
         return dataclasses.replace(source, size=min(source.size, count))
     if isinstance(source, LongText):  # the documentation in every Python, a few hundred characters of it
         return LongText(begin=source.begin, end=source.begin + 0.001)

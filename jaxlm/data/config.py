@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What to learn from: named tasks, where their records come from, how they become rows. Standard library only.
 
-A record is {"messages": [{"role", "content"}, ...]}, {"prompt", "chosen", "rejected"}, {"prompt", "completion"} or
-{"text"}; the first of the four that a record has is used.
+A record is {"messages": [{"role", "content"}, ...]}, {"prompt", "chosen", "rejected"}, {"prompt", "completion"},
+{"question", "plan", "steps", "answer"} or {"text"}; the first of the five that a record has is used.
 """
 
 import dataclasses
@@ -58,6 +58,16 @@ class ProceduralPairs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProceduralPlans:
+    """A built-in generator of exercises that knows the plan too: names in `data/plans.py`."""
+
+    generator: str
+    size: int
+    seed: int = 0
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the generator's difficulty
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ReasoningGym:
     """A generator of the `reasoning-gym` package (extra `tasks`).
 
@@ -90,7 +100,7 @@ class LongText:
             raise ValueError(f"a part of a text lies in 0 <= begin < end <= 1, got {self.begin} to {self.end}")
 
 
-Source = JsonLines | Parquet | Hub | Procedural | ProceduralPairs | ReasoningGym | Rows | LongText
+Source = JsonLines | Parquet | Hub | Procedural | ProceduralPairs | ProceduralPlans | ReasoningGym | Rows | LongText
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -137,17 +137,7 @@ class Exercises:
     """
 
     def __init__(self, source: Procedural):
-        if source.generator not in GENERATORS:
-            raise ValueError(f"no generator {source.generator!r}; there are {', '.join(GENERATORS)}")
-        if source.size < 1:
-            raise ValueError(f"size of generator {source.generator!r} must be at least 1, got {source.size}")
-        self._generate = GENERATORS[source.generator]
-        known = [name for name in inspect.signature(self._generate).parameters if name != "rng"]
-        for name, value in source.options.items():
-            if name not in known:
-                raise ValueError(f"generator {source.generator!r} has no option {name!r}; it has {', '.join(known)}")
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"option {name!r} of generator {source.generator!r} must be >= 1, got {value!r}")
+        self._generate = chosen(source, GENERATORS)
         self._source = source
 
     def __len__(self) -> int:
@@ -157,7 +147,7 @@ class Exercises:
         if not 0 <= index < self._source.size:
             raise IndexError(f"item {index} of {self._source.size}")
         name = f"{self._source.generator}/{self._source.seed}/{index}"
-        prompt, completion = self._generate(_rng(name), **self._source.options)
+        prompt, completion = self._generate(seeded(name), **self._source.options)
         return {"prompt": prompt, "completion": completion}
 
 
@@ -177,14 +167,34 @@ class Pairs:
 
     def __getitem__(self, index: int) -> dict[str, str]:
         exercise = self._exercises[index]
-        rng, answer = _rng(f"{self._name}/{index}"), exercise["completion"]
+        rng, answer = seeded(f"{self._name}/{index}"), exercise["completion"]
         at = rng.choice([place for place, letter in enumerate(answer) if letter.isalnum()])
         others = "0123456789" if answer[at].isdigit() else _ALPHABET
         wrong = rng.choice(others.replace(answer[at], ""))
         return {"prompt": exercise["prompt"], "chosen": answer, "rejected": answer[:at] + wrong + answer[at + 1 :]}
 
 
-def _rng(name: str) -> random.Random:
+def chosen(source: Any, generators: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """The generator that a source names.
+
+    Raises: ValueError for an unknown one, a size or an option out of range.
+    """
+    if source.generator not in generators:
+        raise ValueError(f"no generator {source.generator!r}; there are {', '.join(generators)}")
+    if source.size < 1:
+        raise ValueError(f"size of generator {source.generator!r} must be at least 1, got {source.size}")
+    generate = generators[source.generator]
+    known = [name for name in inspect.signature(generate).parameters if name != "rng"]
+    for name, value in source.options.items():
+        if name not in known:
+            raise ValueError(f"generator {source.generator!r} has no option {name!r}; it has {', '.join(known)}")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"option {name!r} of generator {source.generator!r} must be >= 1, got {value!r}")
+    return generate
+
+
+def seeded(name: str) -> random.Random:
+    """Draws that depend on a name alone."""
     return random.Random(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little"))
 
 

@@ -2,6 +2,7 @@
 """What a record may be, what makes one unusable, and where it is found."""
 
 import bisect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +38,18 @@ class Preference(NamedTuple):
     rejected: str
 
 
+class Planned(NamedTuple):
+    """A question, how it is gone about, the steps and what comes out; as text, the steps and the answer are learnt.
+
+    `plan` is "" where there is none.
+    """
+
+    question: str
+    plan: str
+    steps: str
+    answer: str
+
+
 class Text(NamedTuple):
     """A document, learnt as a whole."""
 
@@ -61,8 +74,12 @@ def describe(places: Sequence[Sequence[Any]], index: int) -> str:
     return f"{name}:{index - first + 1}" if unit == "line" else f"{name} {unit} {index - first}"
 
 
-def parse(record: Any) -> Chat | Completion | Preference | Text:
-    """The record as the first of four kinds: messages, prompt/chosen/rejected, prompt/completion, text.
+Parsed = Chat | Completion | Planned | Preference | Text
+
+
+def parse(record: Any) -> Parsed:
+    """The record as the first of five kinds: messages, prompt/chosen/rejected, prompt/completion,
+    question/plan/steps/answer, text.
 
     Other fields are ignored.
 
@@ -84,6 +101,8 @@ def parse(record: Any) -> Chat | Completion | Preference | Text:
         if not completion.strip():
             raise BadRecord("empty completion", "completion is empty: there is nothing to learn")
         return Completion(prompt, completion)
+    if record.get("question") is not None:
+        return _planned(record)
     if record.get("text") is not None:
         text = _text(record, "text")
         if not text.strip():
@@ -91,27 +110,75 @@ def parse(record: Any) -> Chat | Completion | Preference | Text:
         return Text(text)
     raise BadRecord(
         "missing field",
-        "a record needs 'messages', 'prompt' and 'completion', 'prompt', 'chosen' and 'rejected', or 'text'; this one "
-        f"has {sorted(map(str, record))}. Other names are given by the source's `fields`",
+        "a record needs 'messages', 'prompt' and 'completion', 'prompt', 'chosen' and 'rejected', 'question', 'steps' and "
+        f"'answer', or 'text'; this one has {sorted(map(str, record))}. Other names are given by the source's `fields`",
     )
 
 
-def parts_of(parsed: Chat | Completion | Preference | Text) -> list[Chat | Completion | Text]:
-    """What of a record is encoded by itself: both answers of a preference, the chosen one first; any other as it is."""
+def parts_of(parsed: Parsed) -> list[Chat | Completion | Text]:
+    """What of a record is encoded by itself: both answers of a preference, the chosen one first; any other as it is.
+
+    Of a planned one the steps and the answer, a line each, behind the question: the plan is for methods that read it.
+    """
+    if isinstance(parsed, Planned):
+        worked_out = [text for text in (parsed.steps, parsed.answer) if text]
+        return [Completion(parsed.question + "\n", "\n".join(worked_out))]
     if isinstance(parsed, Preference):
         return [Completion(parsed.prompt, answer) for answer in (parsed.chosen, parsed.rejected)]
     return [parsed]
 
 
-def question(parsed: Chat | Completion | Preference | Text) -> str:
+def question(parsed: Parsed) -> str:
     """What is asked: the prompt, the messages before the last one, or the text: what makes an exercise the same."""
     match parsed:
         case Chat(messages):
             return "\n".join(f"{message['role']}: {message['content']}" for message in messages[:-1])
         case Completion(prompt, _) | Preference(prompt, _, _):
             return prompt.strip()
+        case Planned(asked, _, _, _):
+            return asked.strip()
         case Text(text):
             return text.strip()
+
+
+def _planned(record: Mapping[str, Any]) -> Planned:
+    """A record whose plan, if it has one, does not tell the answer."""
+    asked, steps, answer = (_text(record, name).strip() for name in ("question", "steps", "answer"))
+    plan = _text(record, "plan").strip() if record.get("plan") is not None else ""
+    if not asked:
+        raise BadRecord("empty prompt", "question is empty: nothing tells what the answer is to")
+    if not answer:
+        raise BadRecord("empty completion", "answer is empty: there is nothing to learn")
+    if leaks_answer(plan, answer, question=asked):
+        raise BadRecord(
+            "plan leaks the answer", f"plan {plan!r} holds the answer {answer!r}: a plan says how, not what comes out"
+        )
+    return Planned(asked, plan, steps, answer)
+
+
+def leaks_answer(plan: str, answer: str, *, question: str = "") -> bool:
+    """Whether a plan tells the answer: it stands there as a word of its own, and not in the question already.
+
+    Case and outer white space do not count; numbers count by their value, with or without commas and final zeros.
+
+    >>> leaks_answer("add 3, then double: 1,024", "1024"), leaks_answer("add 3", "3", question="what is 0 + 3?")
+    (True, False)
+    """
+    said, asked, wanted = (_WORD.findall(text.casefold()) for text in (plan, question, answer))
+    said, asked, wanted = ([_number(word) for word in words] for words in (said, asked, wanted))
+    return bool(wanted) and _holds(said, wanted) and not _holds(asked, wanted)
+
+
+_WORD = re.compile(r"-?\d[\d,]*\.?\d*|[^\W\d_]+")
+
+
+def _number(word: str) -> str | float:
+    digits = word.replace(",", "").rstrip(".")
+    return float(digits) if digits.lstrip("-")[:1].isdigit() else word
+
+
+def _holds(words: list[str | float], wanted: list[str | float]) -> bool:
+    return any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1))
 
 
 def _preference(prompt: str, chosen: str, rejected: str) -> Preference:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet
 
-from jaxlm.data import procedural
+from jaxlm.data import plans, procedural
 from jaxlm.data.config import (
     Hub,
     JsonLines,
@@ -23,6 +23,7 @@ from jaxlm.data.config import (
     Parquet,
     Procedural,
     ProceduralPairs,
+    ProceduralPlans,
     ReasoningGym,
     Rows,
     Source,
@@ -68,6 +69,13 @@ class Records:
                 raise ValueError(f"task {task_id} has no source to read record {record_id} from")
             self._read[task_id] = dict(open_source(source).records())
         return self._read[task_id][record_id]
+
+    def everything(self) -> Iterator[tuple[int, int, Any]]:
+        """(task id, record id, record) of all that can be read, whether or not it was good enough to be prepared."""
+        for task_id, source in enumerate(self._sources):
+            for record_id, record in open_source(source).records() if source is not None else ():
+                if not isinstance(record, BadRecord):
+                    yield task_id, record_id, record
 
 
 _BLANK = object()  # a place without a record: it counts, so that places stay line numbers
@@ -132,9 +140,17 @@ def _hub(source: Hub) -> Reader:
     return Reader(identity, records, [Place(0, f"{source.name}[{source.split}]", "row")])
 
 
-def _procedural(source: Procedural | ProceduralPairs) -> Reader:
-    exercises: Any = procedural.Exercises(source) if isinstance(source, Procedural) else procedural.Pairs(source)
-    identity = {**_definition(source), "version": procedural.VERSION}
+_EXERCISES: Mapping[type, Any] = {
+    Procedural: procedural.Exercises,
+    ProceduralPairs: procedural.Pairs,
+    ProceduralPlans: plans.PlannedExercises,
+}
+
+
+def _procedural(source: Procedural | ProceduralPairs | ProceduralPlans) -> Reader:
+    exercises = _EXERCISES[type(source)](source)
+    version = plans.VERSION if isinstance(source, ProceduralPlans) else procedural.VERSION
+    identity = {**_definition(source), "version": version}
     return Reader(
         identity,
         lambda: ((i, exercises[i]) for i in range(len(exercises))),
@@ -215,6 +231,7 @@ _READERS: Mapping[type, Callable[[Any], Reader]] = {
     Hub: _hub,
     Procedural: _procedural,
     ProceduralPairs: _procedural,
+    ProceduralPlans: _procedural,
     ReasoningGym: _reasoning_gym,
     Rows: _rows,
     LongText: _long_text,

@@ -38,6 +38,8 @@ AXES: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (r"blocks/mlp/(gate|up)/bias", ("layers", "mlp")),
     (r"blocks/(attention/out|mlp/down)/bias", ("layers", None)),
     (r"blocks/(attention|mlp)(_post)?_norm/(scale|bias)", ("layers", None)),
+    (r"capsule/.*", (...,)),  # small: whole on every device
+    (r"plan_decoder/.*", (...,)),
 )
 
 
@@ -53,7 +55,7 @@ def logical_axes(params: Any) -> Any:
         path = jax.tree_util.keystr(key_path, simple=True, separator="/")
         for pattern, names in AXES:
             if re.fullmatch(pattern, path):
-                if names[-1] is ...:  # a number a layer, or one for each of its heads
+                if names[-1] is ...:  # any dimensions more, whole
                     return (*names[:-1], *(None,) * (len(leaf.shape) - len(names) + 1))
                 if len(names) != len(leaf.shape):
                     raise ValueError(f"parameter {path!r} has shape {leaf.shape}, its axes are {names}")

@@ -125,7 +125,8 @@ def write(cache: Cache, entries: Entries, counts: jax.Array) -> Cache:
     counts = jnp.where(fits(cache, counts), counts, 0)
     token = jnp.arange(T, dtype=jnp.int32)[None]
     slots = cache.lengths[:, None] + token
-    pages = jnp.where(token < counts[:, None], slots // C, P)  # P lies outside: not written
+    # Pages from P on lie outside: not written.  Each token has its own, because places may not repeat.
+    pages = jnp.where(token < counts[:, None], slots // C, P + token)
     lengths = cache.lengths + counts
     keys, values = (
         jax.tree.map(lambda store, new: _put(store, new, pages, slots % C), store, new)
@@ -137,7 +138,7 @@ def write(cache: Cache, entries: Entries, counts: jax.Array) -> Cache:
         first = jnp.maximum(counts - kept, 0)
         token = first[:, None] + jnp.arange(kept, dtype=jnp.int32)[None]
         position = (cache.dropped + cache.lengths)[:, None] + token
-        half = jnp.where(token < counts[:, None], position // C % 2, 2)
+        half = jnp.where(token < counts[:, None], position // C % 2, 2 + token)
         recent = jax.tree.map(lambda store, new: _put(store, new, half, position % C), recent, entries.recent)
         recent_from = jnp.maximum(recent_from, cache.dropped + lengths - 2 * C)
     return Cache(keys, values, recent, lengths, cache.dropped, recent_from)
@@ -167,7 +168,7 @@ def fits(cache: Cache, counts: jax.Array) -> jax.Array:
 
 
 def _put(store, new, pages_BT, places_BT):
-    """Writes [..., B, K, T, H] at [..., B, K, page, place, H]; what lies outside is not written."""
+    """Writes [..., B, K, T, H] at [..., B, K, page, place, H]; what lies outside is not written, no place comes twice."""
     row = store.ndim - 5  # the axis of B, behind that of layers
     # Spelled out, because indexing either gathers rows that are divided over devices or turns the whole cache around.
     axes = jax.lax.ScatterDimensionNumbers(
@@ -179,7 +180,8 @@ def _put(store, new, pages_BT, places_BT):
     )
     where = jnp.stack([pages_BT, places_BT], axis=-1)
     drop = jax.lax.GatherScatterMode.FILL_OR_DROP
-    return jax.lax.scatter(store, where, new.astype(store.dtype), axes, mode=drop)
+    # Unique, because the gradient of a scatter that might overlap takes two more passes to see who wrote last.
+    return jax.lax.scatter(store, where, new.astype(store.dtype), axes, mode=drop, unique_indices=True)
 
 
 def drop_pages(cache: Cache, count: int | jax.Array) -> Cache:

@@ -8,7 +8,7 @@ compile time does not grow with depth.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,9 @@ from jaxlm.nn.positions import NOWHERE, Encoding, encoding, falloff
 from jaxlm.nn.shapes import decoder_leaves, initialise
 
 Params = Mapping[str, Any]
+Output = Literal["normed", "last"]  # hidden states after the final norm, or what the last layer left
 RESIDUAL = ("batch", "length", "embed")  # logical names of the residual stream
+EMBEDDED = -1  # in place of a token: what stands here is given as an embedding
 
 
 def anywhere(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
@@ -66,6 +68,8 @@ class Model:
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        embeddings: jax.Array | None = None,
+        output: Output = "normed",
     ) -> jax.Array:
         """Hidden states after the final norm.
 
@@ -74,6 +78,8 @@ class Model:
           tokens: [B, T] int32, in [0, V); others give NaN.
           positions: [B, T] int32; None: 0 .. T-1 in each row.
           segment_ids: [B, T] int32, 0 is padding; a token sees only its own segment.  None: one segment a row.
+          embeddings: [B, T, D], rows as of the embedding table, read where `tokens` is `EMBEDDED`; None: nowhere.
+          output: "last" leaves the final norm out.
         Returns: [B, T, D] in the compute dtype.  Rows of padding are finite and mean nothing.
         Raises: ValueError if a row is longer than the table of learned positions.
         """
@@ -85,17 +91,25 @@ class Model:
                 raise ValueError(
                     f"{tokens.shape[1]} tokens exceed the {config.max_length} learned positions: cut the rows"
                 )
-        x = embed(params, tokens, positions, config)
+        x = embed(params, tokens, positions, config, embeddings)
 
         def layer(x, p, window, _):
             y = block(p, x, config, encoding=places, segment_ids=segment_ids, window=window)
             return self.constrain(y, RESIDUAL), None
 
         x, _ = _scan_layers(layer, self.constrain(x, RESIDUAL), params["blocks"], config, tokens.shape[1])
-        return _norm(params["final_norm"], x, config)
+        return _out(params, x, config, output)
 
     def prefill(
-        self, params: Params, tokens: jax.Array, lengths: jax.Array | None = None, *, size: int, page: int = 64
+        self,
+        params: Params,
+        tokens: jax.Array,
+        lengths: jax.Array | None = None,
+        *,
+        size: int,
+        page: int = 64,
+        embeddings: jax.Array | None = None,
+        output: Output = "normed",
     ) -> tuple[jax.Array, Cache]:
         """Reads prompts by the attention of training, and keeps what `extend` needs of them.
 
@@ -106,6 +120,7 @@ class Model:
           size: tokens that a row of the cache can hold, prompt included; rounded up to whole pages.  Every step reads
             all of it, and `DynamicScaling` takes it for the row's length.
           page: tokens of a page (`empty_cache`).
+          embeddings, output: as in `apply`.
         Returns: hidden states after the final norm, [B, T, D], meaningless behind each prompt; and the cache.
         Raises: ValueError if prompts, or learned positions, are too few or too many for the cache.
 
@@ -132,11 +147,20 @@ class Model:
         def mixing(p, query, key, value, places, window, _):
             return mix(p, query, key, value, config, encoding=places, window=window)
 
-        hidden, entries = self._read(params, tokens, cache, lengths, mixing)
+        hidden, entries = self._read(
+            params, tokens, cache, lengths, mixing, embeddings=embeddings, output=output
+        )
         return hidden, write(cache, entries, lengths)
 
     def extend(
-        self, params: Params, tokens: jax.Array, cache: Cache, lengths: jax.Array | None = None
+        self,
+        params: Params,
+        tokens: jax.Array,
+        cache: Cache,
+        lengths: jax.Array | None = None,
+        *,
+        embeddings: jax.Array | None = None,
+        output: Output = "normed",
     ) -> tuple[jax.Array, Cache]:
         """Reads T more tokens of every row, each row at its own place; T = 1 is a step of decoding.
 
@@ -148,16 +172,24 @@ class Model:
           tokens: [B, T] int32, T at most a page.
           cache: of `prefill`, `extend`, `drop_pages`, `rollback` or `empty_cache`.
           lengths: [B] int32 in 0 .. T, how many of the tokens are real, from the left (0: the row rests); None: all.
+          embeddings, output: as in `apply`.
         Returns: hidden states after the final norm, [B, T, D], and the cache with the tokens in it.  Under jit a row
           without room for its tokens gets hidden states of NaN and its cache stays as it is.
         Raises: ValueError for more tokens than a page and, outside of jit, for a row without room.
         """
         lengths = _counts(lengths, tokens)
-        hidden, entries = self.peek(params, tokens, cache, lengths)
+        hidden, entries = self.peek(params, tokens, cache, lengths, embeddings=embeddings, output=output)
         return hidden, write(cache, entries, lengths)
 
     def peek(
-        self, params: Params, tokens: jax.Array, cache: Cache, lengths: jax.Array | None = None
+        self,
+        params: Params,
+        tokens: jax.Array,
+        cache: Cache,
+        lengths: jax.Array | None = None,
+        *,
+        embeddings: jax.Array | None = None,
+        output: Output = "normed",
     ) -> tuple[jax.Array, Entries]:
         """What `extend` reads, without writing: hidden states, and the entries for `jaxlm.nn.cache.write`.
 
@@ -178,13 +210,13 @@ class Model:
             layer = cache._replace(keys=keys, values=values, recent=recent)
             return mix_cached(p, query, key, value, config, layer, window=window)
 
-        hidden, entries = self._read(
-            params, tokens, cache, lengths, mixing, held=(cache.keys, cache.values, cache.recent)
-        )
+        held = (cache.keys, cache.values, cache.recent)
+        given: dict[str, Any] = {"held": held, "embeddings": embeddings, "output": output}
+        hidden, entries = self._read(params, tokens, cache, lengths, mixing, **given)
         lost = jnp.asarray(jnp.nan, hidden.dtype)
         return jnp.where(fits(cache, lengths)[:, None, None], hidden, lost), entries
 
-    def _read(self, params, tokens, cache, counts, mixing, held=None):
+    def _read(self, params, tokens, cache, counts, mixing, held=None, embeddings=None, output="normed"):
         """All layers over new tokens, and what these leave for the cache; `mixing` is their attention."""
         config, T = self.config, tokens.shape[1]
         positions = cache.row_positions(T)
@@ -192,7 +224,7 @@ class Model:
         tokens = jnp.where(jnp.arange(T, dtype=jnp.int32)[None] < counts[:, None], tokens, 0)
         positions = jnp.minimum(positions, positions[:, :1] + jnp.maximum(counts - 1, 0)[:, None])
         places = encoding(config, cache.size, positions)
-        x = embed(params, tokens, positions, config)
+        x = embed(params, tokens, positions, config, embeddings)
 
         def layer(x, p, window, held):
             branch = p["attention"]
@@ -206,7 +238,7 @@ class Model:
 
         x = self.constrain(x, RESIDUAL)
         x, entries = _scan_layers(layer, x, params["blocks"], config, cache.size, held)
-        return _norm(params["final_norm"], x, config), Entries(*entries)
+        return _out(params, x, config, output), Entries(*entries)
 
     def head(self, params: Params) -> jax.Array:
         """The output projection [D, V], float32: the embedding's transpose when tied; an adapter is added in."""
@@ -278,15 +310,36 @@ def _counts(lengths: jax.Array | None, tokens: jax.Array) -> jax.Array:
     return jnp.asarray(lengths, jnp.int32)
 
 
-def embed(params: Params, tokens: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:
-    """What enters the first layer, [B, T, D] in the compute dtype; positions [B or 1, T] are read where learned."""
+def embed(
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    config: ModelConfig,
+    embeddings: jax.Array | None = None,
+) -> jax.Array:
+    """What enters the first layer, [B, T, D] in the compute dtype; positions [B or 1, T] are read where learned.
+
+    Embeddings [B, T, D] stand in for the table's rows where a token is `EMBEDDED`.
+    """
     dtype = jnp.dtype(config.dtype)
-    x = jnp.take(params["embed"]["table"], tokens, axis=0).astype(dtype)
+    table = params["embed"]["table"]
+    if embeddings is None:
+        x = jnp.take(table, tokens, axis=0).astype(dtype)
+    else:
+        given = (tokens == EMBEDDED)[..., None]
+        x = jnp.take(table, jnp.where(given[..., 0], 0, tokens), axis=0)
+        x = jnp.where(given, embeddings.astype(table.dtype), x).astype(dtype)
     if config.embedding_scale != 1.0:
         x = x * jnp.asarray(config.embedding_scale, dtype)
     if isinstance(config.positions, Learned):
         x = x + jnp.take(params["positions"]["table"], positions, axis=0).astype(dtype)
     return x
+
+
+def _out(params: Params, x: jax.Array, config: ModelConfig, output: Output) -> jax.Array:
+    if output not in ("normed", "last"):
+        raise ValueError(f"output must be 'normed' or 'last', got {output!r}")
+    return _norm(params["final_norm"], x, config) if output == "normed" else x
 
 
 def _norm(p: Mapping[str, jax.Array], x: jax.Array, config: ModelConfig) -> jax.Array:
