@@ -4,6 +4,7 @@
 The plan is the order of work, which the question hides; it never holds the answer.
 """
 
+import itertools
 import random
 from collections.abc import Callable, Mapping
 
@@ -46,7 +47,7 @@ def implication(rng: random.Random, *, least: int = 2, most: int = 5) -> Planned
     lengths = [rng.randint(least, most) for _ in range(2)]
     letters = rng.sample(_KEYS, sum(lengths) + 2)
     way, other = letters[: lengths[0] + 1], letters[lengths[0] + 1 :]
-    rules = [[f"{a}>{b}" for a, b in zip(chain, chain[1:], strict=False)] for chain in (way, other)]
+    rules = [[f"{a}>{b}" for a, b in itertools.pairwise(chain)] for chain in (way, other)]
     mixed = rules[0] + rules[1]
     rng.shuffle(mixed)
     leads = rng.random() < 0.5

@@ -110,8 +110,9 @@ def parse(record: Any) -> Parsed:
         return Text(text)
     raise BadRecord(
         "missing field",
-        "a record needs 'messages', 'prompt' and 'completion', 'prompt', 'chosen' and 'rejected', 'question', 'steps' and "
-        f"'answer', or 'text'; this one has {sorted(map(str, record))}. Other names are given by the source's `fields`",
+        "a record needs 'messages', 'prompt' and 'completion', 'prompt', 'chosen' and 'rejected', 'question', 'steps' "
+        f"and 'answer', or 'text'; this one has {sorted(map(str, record))}. Other names are given by the "
+        "source's `fields`",
     )
 
 

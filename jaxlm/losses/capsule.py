@@ -110,7 +110,7 @@ def pooled_plan_terms(
 ) -> Mapping[str, Term]:
     """The other published reading: the squared error of a pooled guess of the plan's mean embedding.
 
-        plan_loss = sum_r n_r * mean_D (guess_r - mean_j E[plan_rj] / rms)^2 / sum_r n_r,  rms that of all rows of E
+    plan_loss = sum_r n_r * mean_D (guess_r - mean_j E[plan_rj] / rms)^2 / sum_r n_r,  rms that of all rows of E
     """
     table_VD = jax.lax.stop_gradient(table_VD).astype(jnp.float32)
     rms = jnp.sqrt(jnp.mean(jnp.square(table_VD)))

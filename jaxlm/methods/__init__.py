@@ -8,6 +8,7 @@ from jaxlm.methods.epi import Epi
 from jaxlm.methods.ewc import Ewc
 from jaxlm.methods.grpo import Grpo
 from jaxlm.methods.multi_stage import MultiStage
+from jaxlm.methods.r_capsule import RCapsule
 from jaxlm.methods.sft import Sft
 
 METHODS = {
@@ -19,6 +20,7 @@ METHODS = {
     "ewc": Ewc,
     "grpo": Grpo,
     "dpo": Dpo,
+    "r_capsule": RCapsule,
 }
 
-__all__ = ["METHODS", "CpiFt", "Dpi", "Dpo", "Epi", "Ewc", "Grpo", "MultiStage", "Sft"]
+__all__ = ["METHODS", "CpiFt", "Dpi", "Dpo", "Epi", "Ewc", "Grpo", "MultiStage", "RCapsule", "Sft"]

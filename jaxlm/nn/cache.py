@@ -168,7 +168,7 @@ def fits(cache: Cache, counts: jax.Array) -> jax.Array:
 
 
 def _put(store, new, pages_BT, places_BT):
-    """Writes [..., B, K, T, H] at [..., B, K, page, place, H]; what lies outside is not written, no place comes twice."""
+    """Writes [..., B, K, T, H] at [..., B, K, page, place, H], each place once; what lies outside is not written."""
     row = store.ndim - 5  # the axis of B, behind that of layers
     # Spelled out, because indexing either gathers rows that are divided over devices or turns the whole cache around.
     axes = jax.lax.ScatterDimensionNumbers(

@@ -117,7 +117,8 @@ def capsule_chain(
     >>> embeddings.ravel().tolist(), steps
     ([2.0, 6.0, 14.0], 2)
     """
-    capsules, embeddings = [], []
+    capsules: list[jax.Array] = []
+    embeddings: list[jax.Array] = []
     for k in range(num_capsules):
         if k:
             hidden_B1D, state = feed(embeddings[-1], state)
@@ -180,8 +181,7 @@ def capsule_rollout(
         return model.extend(params, blank, cache, counts, embeddings=embeddings, output=config.hidden)
 
     if given is None and config.in_steps:
-        made = capsule_chain(lambda h: capsule_make(p, h, config), read, last, cache, num_capsules=K)
-        return Rollout(*made)
+        return Rollout(*capsule_chain(lambda h: capsule_make(p, h, config), read, last, cache, num_capsules=K))
     if given is None:
         queries = jnp.broadcast_to(p["queries"][None], (B, *p["queries"].shape))
         made = (queries, queries) if config.source == "pause" else capsule_make(p, read(queries, cache)[0], config)
@@ -199,7 +199,6 @@ def capsule_rows(
     *,
     positions: jax.Array,
     segment_ids: jax.Array,
-    num_segments: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Rows that may hold several records each, their capsules made in parallel or of constants: two passes, or one.
 
@@ -207,22 +206,31 @@ def capsule_rows(
       tokens_BT: [B, T] int32, `EMBEDDED` in the K places of each capsule.
       capsule_ids_BT: [B, T] int32, 1 .. K in those places, 0 elsewhere.
       config: not made in steps.
-      positions, segment_ids: [B, T] int32, as `Model.apply` takes them; segments are numbered from 1.
-      num_segments: M, at least as many as any row has.
-    Returns: hidden states after the final norm [B, T, D], and capsules [B, M, K, d]; those of segments that are not
-      there mean nothing.
+      positions, segment_ids: [B, T] int32, as `Model.apply` takes them.
+    Returns: hidden states after the final norm [B, T, D], and a capsule vector for every column [B, T, d], which means
+      something in the places of a capsule (`capsules_of`).
     """
-    p, K = params["capsule"], config.num_capsules
-    where = {"positions": positions, "segment_ids": segment_ids}
-    number = jnp.where(capsule_ids_BT > 0, (segment_ids - 1) * K + capsule_ids_BT - 1, num_segments * K)
-    asked = jnp.take(p["queries"], jnp.maximum(capsule_ids_BT - 1, 0), axis=0)
+    p = params["capsule"]
+    where: dict[str, Any] = {"positions": positions, "segment_ids": segment_ids}
+    queries = jnp.take(p["queries"], jnp.maximum(capsule_ids_BT - 1, 0), axis=0)
     if config.source == "pause":
-        hidden = model.apply(params, tokens_BT, embeddings=asked, **where)
-        made = jnp.broadcast_to(p["queries"][None], (tokens_BT.shape[0] * num_segments, *p["queries"].shape))
-        return hidden, made.reshape(-1, num_segments, *p["queries"].shape)
-    hidden = model.apply(params, tokens_BT, embeddings=asked, output=config.hidden, **where)
-    columns = jnp.argmax(number[:, None, :] == jnp.arange(num_segments * K)[None, :, None], axis=2)
-    capsule, embeddings = capsule_make(p, jnp.take_along_axis(hidden, columns[..., None], axis=1), config)
-    placed = jnp.take_along_axis(embeddings, jnp.minimum(number, num_segments * K - 1)[..., None], axis=1)
-    hidden = model.apply(params, tokens_BT, embeddings=placed, **where)
-    return hidden, capsule.reshape(-1, num_segments, K, capsule.shape[-1])
+        return model.apply(params, tokens_BT, embeddings=queries, **where), queries
+    hidden = model.apply(params, tokens_BT, embeddings=queries, output=config.hidden, **where)
+    capsule, embeddings = capsule_make(p, hidden, config)
+    return model.apply(params, tokens_BT, embeddings=embeddings, **where), capsule
+
+
+def capsules_of(
+    columns_BTd: jax.Array,
+    capsule_ids_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    num_segments: int,
+    num_capsules: int,
+) -> jax.Array:
+    """The capsules of segments 1 .. M out of a vector for every column, [B, M, K, d]; of absent ones anything."""
+    number = jnp.where(capsule_ids_BT > 0, (segment_ids_BT - 1) * num_capsules + capsule_ids_BT - 1, -1)
+    wanted = jnp.arange(num_segments * num_capsules, dtype=number.dtype)
+    at = jnp.argmax(number[:, None, :] == wanted[None, :, None], axis=2)
+    found = jnp.take_along_axis(columns_BTd, at[..., None], axis=1)
+    return found.reshape(found.shape[0], num_segments, num_capsules, -1)

@@ -49,9 +49,7 @@ class CapsuleBottleneck(nnx.Module):
         table: jax.Array | None = None,
         rngs: nnx.Rngs,
     ):
-        self.config = CapsuleConfig(
-            num_capsules=num_capsules, width=capsule_width, mode=mode, embed_scale=embed_scale
-        )
+        self.config = CapsuleConfig(num_capsules=num_capsules, width=capsule_width, mode=mode, embed_scale=embed_scale)
         hold(self, capsule_init(_unit_row(width) if table is None else table, self.config, rngs.params()))
 
     def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -45,7 +45,9 @@ def plan_decoder_leaves(
     leaves |= {"final_norm/scale": Leaf((W,), 0.0, 1.0)} | dense_leaves("pool", W, width, bias=True)
     for i in range(config.layers):
         branches = {"self": attention_leaves(layer), "mlp": mlp_leaves(layer)}
-        branches["cross"] = {path: leaf for name in _CROSS for path, leaf in dense_leaves(name, W, W, bias=False).items()}
+        branches["cross"] = {
+            path: leaf for name in _CROSS for path, leaf in dense_leaves(name, W, W, bias=False).items()
+        }
         for name, inside in branches.items():
             leaves |= {f"layer_{i}/{name}/{path}": leaf for path, leaf in inside.items()}
             leaves[f"layer_{i}/{name}_norm/scale"] = Leaf((W,), 0.0, 1.0)
@@ -67,12 +69,14 @@ def plan_hidden(
     Raises: ValueError for a plan that is too long.
     """
     B, J = plan_BJ.shape
-    if J > config.max_plan:
+    if config.max_plan < J:
         raise ValueError(f"a plan of {J} tokens is longer than max_plan {config.max_plan}: raise max_plan")
     layer = layer_config(config)
     memory = plan_memory(p, capsule_BKd)
     before = jnp.take(jax.lax.stop_gradient(table_VD), plan_BJ[:, :-1], axis=0).astype(jnp.float32)
-    before = before * jax.lax.rsqrt(jnp.mean(jnp.square(before), axis=-1, keepdims=True) + 1e-12)  # of any table's scale
+    before = before * jax.lax.rsqrt(
+        jnp.mean(jnp.square(before), axis=-1, keepdims=True) + 1e-12
+    )  # of any table's scale
     start = jnp.broadcast_to(p["start"][None, None], (B, 1, config.width))
     x = jnp.concatenate([start, dense(p["token_in"], before)], axis=1) + p["positions"][None, :J]
     for i in range(config.layers):
