@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from jaxlm.data.config import Procedural, ReasoningGym, Source, Task
+from jaxlm.data.config import Procedural, ProceduralPlans, ReasoningGym, Source, Task
 from jaxlm.data.prepared import Prepared
 from jaxlm.data.prompts import Prompt, prompts_of
 from jaxlm.data.records import BadRecord, Text, parse
@@ -24,6 +24,7 @@ from jaxlm.evaluation_options import Generation
 from jaxlm.generate.engine import Completion, Engine
 from jaxlm.rewards.exercises import own_verifier
 from jaxlm.rewards.matching import NormalisedMatch
+from jaxlm.rewards.planned import PlannedAnswer
 from jaxlm.rewards.verifier import Check, verify
 
 
@@ -94,6 +95,8 @@ def usual_verifier(source: Source | None) -> Check:
     """A generator's own scorer; for other records equality, spacing, case and punctuation at the ends aside."""
     if isinstance(source, Procedural | ReasoningGym):
         return own_verifier(source)
+    if isinstance(source, ProceduralPlans):
+        return PlannedAnswer()
     return NormalisedMatch(style="plain")
 
 

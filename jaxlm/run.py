@@ -89,7 +89,7 @@ def run(config: RunConfig) -> Result:
     finally:
         reporter.close()
     if directory is not None:
-        _export(directory / "model", model, trained, tokenizer, write=first)
+        _export(directory / "model", model, trained, tokenizer, config.method, write=first)
         if first:
             write_page([directory], directory / "report.html")
     return Result(Model(model.config), trained, summary["before"], summary["after"])
@@ -156,7 +156,9 @@ def answerer(config: RunConfig, model: Model, rows: Prepared) -> Callable[[Model
         stops += stop_tokens(pathlib.Path(config.model.path))
 
     def answers(model: Model, params: Params) -> list[Answered]:
-        bare = Model(model.config)  # activations lie where the parameters put them
+        bare: Any = Model(model.config)  # activations lie where the parameters put them
+        if hasattr(config.method, "speaker"):
+            bare = config.method.speaker(bare, params, tokenizer)
         sampler = Sampler(bare, params, tokenizer, slots=generation.slots, stop_tokens=stops)
         return [answer(sampler, asked, generation) for asked in questions]
 
@@ -270,12 +272,18 @@ def _write_summary(directory: pathlib.Path | None, summary: Mapping[str, Any], *
         part.replace(directory / "summary.json")
 
 
-def _export(folder: pathlib.Path, model: Model, params: Params, tokenizer: Any, *, write: bool) -> None:
+def _export(folder: pathlib.Path, model: Model, params: Params, tokenizer: Any, method: Any, *, write: bool) -> None:
     """Saves beside an older model and then takes its place; the same command mends what a kill leaves in between."""
     fresh = folder.with_name("model.new")
     if write:
         shutil.rmtree(fresh, ignore_errors=True)
-    checkpoints.save(fresh, model, params, tokenizer=tokenizer)
+    if hasattr(method, "exported"):
+        model, params, capsules = method.exported(model, params, tokenizer)
+        checkpoints.save(fresh, model, params, tokenizer=tokenizer)
+        if write and capsules is not None:
+            checkpoints.save_capsules(fresh, capsules)
+    else:
+        checkpoints.save(fresh, model, params, tokenizer=tokenizer)
     if write:
         shutil.rmtree(folder, ignore_errors=True)
         fresh.rename(folder)

@@ -3,6 +3,7 @@
 
   python scripts/generate.py SmolLM2-135M-Instruct.Q4_1.gguf --chat "What is the capital of France?"
   python scripts/generate.py runs/quickstart "Sort: 3 1 2" --temperature 0 --max-tokens 32
+  python scripts/generate.py runs/r_capsule --explain "12: c*3 a+7 b-4="
   echo "Once upon a time" | python scripts/generate.py model/ -n 4
   python scripts/generate.py NAME --server http://127.0.0.1:8000/v1 --file prompts.jsonl --json --journal done.jsonl
 
@@ -27,6 +28,7 @@ def main() -> int:
     parser.add_argument("--file", help="prompts as JSON Lines")
     parser.add_argument("--chat", action="store_true", help="a text is what a user says, put into the chat template")
     parser.add_argument("--system", help="with --chat: the message before it")
+    parser.add_argument("--explain", action="store_true", help="print the plan in each prompt's capsule (r_capsule)")
     parser.add_argument("--json", action="store_true", help="print JSON Lines, and nothing else, on stdout")
     how = parser.add_argument_group("sampling")
     how.add_argument("-n", "--num-samples", type=int, default=1, help="completions of each prompt (default 1)")
@@ -64,6 +66,9 @@ def main() -> int:
     )
     engine: Engine
     kept: dict[str, Any] = {}
+    plans: list[str] = []
+    if arguments.server and arguments.explain:
+        raise ValueError("capsule tokens are embeddings; use the embedded engine: --explain without --server")
     if arguments.server:
         from jaxlm.generate.remote import RemoteEngine
 
@@ -81,6 +86,16 @@ def main() -> int:
         from jaxlm.generate.from_disk import open_sampler
 
         engine = open_sampler(arguments.model, slots=arguments.slots, size=arguments.size, dtype=arguments.dtype)
+        if arguments.explain:
+            from jaxlm.checkpoints import load_capsules
+            from jaxlm.generate.capsules import explain
+            from jaxlm.generate.from_disk import model_path
+
+            capsules = load_capsules(model_path(arguments.model))
+            decoder = None if capsules is None else capsules.decoder
+            plans = explain(engine.model, engine.params, decoder, engine.tokenizer, prompts)
+    for i, plan in enumerate(plans if not arguments.json else []):
+        print(f"--- plan {i}\n{plan}", flush=True)
     live = len(prompts) == arguments.num_samples == 1 and not arguments.json
     found = engine.sample(prompts, sampling, stream=_say if live else None, **kept)
     if live:
@@ -88,7 +103,8 @@ def main() -> int:
         return 0
     for i, (prompt, samples) in enumerate(zip(prompts, found, strict=True)):
         if arguments.json:
-            print(json.dumps({"prompt": prompt, "completions": [_plain(sample) for sample in samples]}))
+            told = {"plan": plans[i]} if plans else {}
+            print(json.dumps({"prompt": prompt, **told, "completions": [_plain(sample) for sample in samples]}))
             continue
         for n, sample in enumerate(samples):
             print(f"--- prompt {i}, sample {n}, {sample.finish_reason}\n{sample.text}")

@@ -123,7 +123,7 @@ def parts_of(parsed: Parsed) -> list[Chat | Completion | Text]:
     """
     if isinstance(parsed, Planned):
         worked_out = [text for text in (parsed.steps, parsed.answer) if text]
-        return [Completion(parsed.question + "\n", "\n".join(worked_out))]
+        return [Completion(parsed.question, "".join("\n" + text for text in worked_out))]
     if isinstance(parsed, Preference):
         return [Completion(parsed.prompt, answer) for answer in (parsed.chosen, parsed.rejected)]
     return [parsed]

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxlm import checkpoints
 from jaxlm.checkpoints.sources import config_values
+from jaxlm.generate.capsules import CapsuleModel
 from jaxlm.generate.sampler import Sampler
 
 
@@ -27,7 +28,7 @@ def model_path(path: str | os.PathLike[str]) -> pathlib.Path:
 def open_sampler(
     path: str | os.PathLike[str], *, slots: int = 16, size: int | None = None, dtype: str = "float32"
 ) -> Sampler:
-    """An embedded sampler.
+    """An embedded sampler; a model that was saved with capsules thinks before it speaks.
 
     Args:
       path: a Hugging Face folder, a .gguf file or a run directory.
@@ -39,7 +40,10 @@ def open_sampler(
     found = model_path(path)
     model, params = checkpoints.load(found, dtype=dtype)
     tokenizer = checkpoints.load_tokenizer(found)
-    return Sampler(model, params, tokenizer, slots=slots, size=size, stop_tokens=stop_tokens(found))
+    speaker: Any = model
+    if found.is_dir() and (capsules := checkpoints.load_capsules(found)) is not None:
+        speaker, params = CapsuleModel(model, capsules.config, capsules.cap, capsules.end), params | capsules.leaves
+    return Sampler(speaker, params, tokenizer, slots=slots, size=size, stop_tokens=stop_tokens(found))
 
 
 def stop_tokens(path: pathlib.Path) -> list[int]:

@@ -120,9 +120,10 @@ class Session:
         Raises: ValueError for a prompt without tokens, or one that with `max_tokens` exceeds the sampler's size.
         """
         tokens, size = prompt_tokens(self._sampler.tokenizer, prompt), self._sampler.size
-        if len(tokens) + sampling.max_tokens > size + 1:
+        length = len(tokens) + self._sampler.model.unseen
+        if length + sampling.max_tokens > size + 1:
             raise ValueError(
-                f"prompt {place} has {len(tokens)} tokens, and {sampling.max_tokens} more exceed the {size} of a "
+                f"prompt {place} has {length} tokens, and {sampling.max_tokens} more exceed the {size} of a "
                 "slot: shorten it, ask for fewer max_tokens, or make the sampler with a larger size"
             )
         ticket, self._tickets = self._tickets, self._tickets + 1
@@ -157,6 +158,7 @@ class Session:
         """Slots long enough for all requests; shorter ones only once nothing runs."""
         sampler = self._sampler
         needed = max((len(r.tokens) + r.sampling.max_tokens for r in self._requests.values()), default=0)
+        needed += sampler.model.unseen
         # Every step reads whole slots: their sizes have half steps too, 64, 128, 192, 256, 384 ...
         size = bucket(needed, sampler.size)
         size = 3 * size // 4 if size > 2 * SHORTEST and needed <= 3 * size // 4 else size

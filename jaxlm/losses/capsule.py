@@ -95,7 +95,7 @@ def reconstruction_terms(
         "plan_loss": Term(result.total, jnp.sum(weights_RJ), coefficient=recon_weight),
         "plan_nll": Term(jnp.sum(nll_R), jnp.sum(count_R), coefficient=0.0),
         "plan_accuracy": Term(jnp.sum(right_R), jnp.sum(count_R), coefficient=0.0),
-        "plan_exact": Term(jnp.sum(some_R * (right_R == count_R)), jnp.sum(some_R), coefficient=0.0),
+        "plan_exact": Term(jnp.sum(jnp.where(right_R == count_R, some_R, 0.0)), jnp.sum(some_R), coefficient=0.0),
     }
 
 

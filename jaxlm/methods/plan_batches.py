@@ -119,7 +119,7 @@ class PlanEncoder:
                 raise ValueError(f"{place}: {name} holds {found[0]!r}, which only the layout may write")
         text = []
         if self._layout.targets == "plan_steps_and_answer":
-            text += self._ids(parsed.plan + "\n")
+            text += self._ids(parsed.plan + "\n" if parsed.plan else "")
         if self._layout.targets != "answer":
             text += self._ids(parsed.steps)
         eos = self._tokenizer.eos_token_id

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxlm.checkpoints.capsules import Capsules
+from jaxlm.generate.capsules import CapsuleModel
 from jaxlm.losses.capsule import pooled_plan_terms, reconstruction_terms
 from jaxlm.losses.next_token import next_token_terms, target_weights
 from jaxlm.methods.plan_batches import Layout, Marks, PlanBatches, Targets, add_marks
@@ -247,6 +249,33 @@ class RCapsule:
         visible = {"visible_plan_steps": self.visible_plan_steps}
         phase = phase._replace(batches=lambda records, params_fn: batches(records, **visible))
         return jax.jit(phase.finish)(job.train(phase, model=model).params)
+
+    def speaker(self, model: Model, params: Params, tokenizer: Any) -> Any:
+        """What samples from parameters of this method, trained or not; the tokenizer gets the marks.
+
+        Raises: ValueError for parameters with adapters: merge them first.
+        """
+        if "marks" in params.get("capsule", {}):
+            raise ValueError(
+                "adapters are answered with once they are merged: set run.evaluate_every=0 with generation"
+            )
+        marks = add_marks(tokenizer)
+        if "capsule" not in params:  # as they were before training, or K = 0
+            return model
+        return CapsuleModel(model, self.capsule, marks.cap, marks.end)
+
+    def exported(self, model: Model, params: Params, tokenizer: Any) -> tuple[Model, Params, Capsules | None]:
+        """The decoder as a model of its own, its parameters, what goes beside them; the tokenizer gets marks."""
+        marks = add_marks(tokenizer)
+        model = dataclasses.replace(model, config=self.model(model, marks).config)
+        if self.sft.lora is not None:
+            model = dataclasses.replace(model, config=dataclasses.replace(model.config, adapter_scale=1.0))
+        plain = {name: leaf for name, leaf in params.items() if name not in ("capsule", "plan_decoder")}
+        leaves = {name: params[name] for name in ("capsule", "plan_decoder") if name in params}
+        if not leaves:
+            return model, plain, None
+        decoder = self.decoder if self.keep_decoder else None
+        return model, plain, Capsules(self.capsule, decoder, marks.cap, marks.end, leaves)
 
 
 _NEW_ROWS = ((r"capsule/marks/.*", "trained"), *ADAPTERS_ONLY)

@@ -56,6 +56,7 @@ class Model:
     config: ModelConfig
     constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = anywhere
     row_groups: int = 1
+    unseen = 0  # tokens that reading a prompt adds to it; those that think first have some
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Random float32 parameters; `jax.eval_shape(model.init, key)` gives their shapes."""

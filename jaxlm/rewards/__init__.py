@@ -15,6 +15,7 @@ __getattr__, __dir__ = attach(
         "MultipleChoice": "choices",
         "NormalisedMatch": "matching",
         "NumericMatch": "numeric",
+        "PlannedAnswer": "planned",
         "ProceduralMatch": "exercises",
         "Verifier": "verifier",
         "answer_text": "answers",
