@@ -15,7 +15,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.config import ALONE, Comparison, LengthComparison, Pretrained, RunConfig, diff, read_config, write_config
+from jaxlm.config import (
+    ALONE,
+    AnyComparison,
+    Comparison,
+    LengthComparison,
+    Pretrained,
+    RunConfig,
+    diff,
+    read_config,
+    write_config,
+)
 from jaxlm.run import load_model, load_tokenizer, make_job, open_data, run, score_after, total_steps
 from jaxlm.train.continual import continual_metrics
 from jaxlm.train.held_out import Items, score_items
@@ -101,7 +111,7 @@ def read_trained(comparison: Comparison, arm: str, rate: float, seed: int) -> Tr
     return Trained(arm, rate, seed, Scores.read(directory), **result)
 
 
-def run_directory(comparison: Comparison | LengthComparison, arm: str, rate: float, seed: int) -> Path:
+def run_directory(comparison: AnyComparison, arm: str, rate: float, seed: int) -> Path:
     """Where one training run is."""
     return comparison.directory / "runs" / arm / f"{rate:.3g}-{seed}"
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from jaxlm.data.config import DataConfig, Source
 from jaxlm.evaluation_options import Generation
+from jaxlm.generate.engine import Sampling
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.position_kinds import Positions, Rope
 from jaxlm.overrides import field_types, override
@@ -212,6 +213,53 @@ class LengthComparison:
         return list(self.learning_rates)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanComparison:
+    """Arms that differ in what they do with a plan, judged by what they answer.
+
+    Every arm is trained once at each learning rate with the first seed; the rate whose answers to `chosen_on` are right
+    most often is kept, and all seeds are trained at it.
+
+    Attributes:
+      run: what the arms share: data, steps, batch, mesh; its `run.directory` is the comparison's.
+      arms: name -> `RCapsule(...)`.
+      follows: arm -> the arm whose rate it takes, without choosing one: sweeps and controls.
+      learning_rates: at least three, so that the best can lie inside.
+      seeds: of data order and new parameters; at least two.
+      plain: the arm that the others are compared with: steps and answer as text.
+      chosen_on: questions that rates are chosen on.
+      tests: split -> questions that are reported.
+      sampling: how answers are drawn.
+      slots: of the sampler, and how many capsules are exchanged among each other.
+    """
+
+    run: RunConfig
+    arms: Mapping[str, Any]
+    follows: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    plain: str
+    chosen_on: Source
+    tests: Mapping[str, Source]
+    sampling: Sampling = Sampling(temperature=0.0, max_tokens=64)
+    slots: int = 64
+
+    def __post_init__(self):
+        _check_trials(self.learning_rates, self.seeds, self.run)
+        named = {self.plain, *self.follows, *self.follows.values()}
+        if unknown := sorted(named - set(self.arms)):
+            raise ValueError(f"no arm {unknown}; there are {', '.join(self.arms)}")
+        if chains := sorted(set(self.follows.values()) & set(self.follows)):
+            raise ValueError(f"{chains} are followed and follow others themselves: let them choose a rate")
+        if self.slots < 2:
+            raise ValueError(f"slots must be at least 2, got {self.slots}: capsules are exchanged among them")
+
+    @property
+    def directory(self) -> Path:
+        """Where it lives."""
+        return Path(self.run.run.directory)
+
+
 def _check_trials(rates: tuple[float, ...], seeds: tuple[int, ...], run: RunConfig) -> None:
     """Raises ValueError where nothing could be chosen or no noise be seen, or there is no place for it."""
     if len(rates) < 3:
@@ -232,12 +280,15 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     return override(config, overrides)
 
 
-def load_comparison(path: str | Path, overrides: Iterable[str] = ()) -> Comparison | LengthComparison:
+AnyComparison = Comparison | LengthComparison | PlanComparison
+
+
+def load_comparison(path: str | Path, overrides: Iterable[str] = ()) -> AnyComparison:
     """The comparison that a config file returns, with overrides such as `run.run.steps=200`.
 
     Raises: as `load_config`.
     """
-    return override(_run_file(Path(path), Comparison, LengthComparison), overrides)
+    return override(_run_file(Path(path), Comparison, LengthComparison, PlanComparison), overrides)
 
 
 def _run_file(path: Path, *kinds: type) -> Any:

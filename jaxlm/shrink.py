@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jaxlm.config import Comparison, LengthComparison, Pretrained, RunConfig
+from jaxlm.config import Comparison, LengthComparison, PlanComparison, Pretrained, RunConfig
 from jaxlm.data.config import DataConfig, LongText, Procedural, ProceduralPairs, ProceduralPlans, Rows, Source, Task
 from jaxlm.evaluation_options import Generation
 from jaxlm.nn.config import ModelConfig
@@ -97,6 +97,26 @@ def shrink_length_comparison(comparison: LengthComparison, directory: str | Path
         tokens=128,
         tail=8,
         looked_at=32,
+    )
+
+
+def shrink_plan_comparison(comparison: PlanComparison, directory: str | Path) -> PlanComparison:
+    """The plain arm and the first one with a capsule, on a tiny model: one rate three times over, two seeds."""
+    run = shrink(comparison.run)
+    run = dataclasses.replace(run, run=dataclasses.replace(run.run, directory=str(directory)))
+    first = next(name for name, method in comparison.arms.items() if method.num_capsules)
+    kept = {name: comparison.arms[name].shrunk() for name in (comparison.plain, first)}
+    return dataclasses.replace(
+        comparison,
+        run=run,
+        arms=kept,
+        follows={},
+        learning_rates=comparison.learning_rates[:1] * 3,
+        seeds=comparison.seeds[:2],
+        chosen_on=_source(comparison.chosen_on, first=0, count=4),
+        tests={name: _source(source, first=0, count=4) for name, source in list(comparison.tests.items())[:1]},
+        sampling=dataclasses.replace(comparison.sampling, max_tokens=4),
+        slots=4,
     )
 
 

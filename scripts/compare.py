@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.command import Parser, call
-from jaxlm.config import Comparison, LengthComparison, load_comparison
+from jaxlm.config import Comparison, LengthComparison, PlanComparison, load_comparison
 
 
 def main() -> int:
@@ -37,11 +37,12 @@ def main() -> int:
     text, page = report(comparison)
     (comparison.directory / "table.md").write_text(text + "\n")
     print(text)
-    print(f"pictures: {page}", file=sys.stderr)
+    if page is not None:
+        print(f"pictures: {page}", file=sys.stderr)
     return 0
 
 
-def _parts_of(comparison: Any) -> tuple[Callable[..., None], Callable[[Any], tuple[str, Path]]]:
+def _parts_of(comparison: Any) -> tuple[Callable[..., None], Callable[[Any], tuple[str, Path | None]]]:
     """What trains a comparison of its kind, and what makes its table and its page."""
     # Late, because they import jax, and --help must not.
     if isinstance(comparison, LengthComparison):
@@ -54,6 +55,14 @@ def _parts_of(comparison: Any) -> tuple[Callable[..., None], Callable[[Any], tup
             return length_table(comparison, found), write_length_comparison(comparison, found)
 
         return compare_lengths, report_lengths
+    if isinstance(comparison, PlanComparison):
+        from jaxlm.comparison_plans import compare_plans
+        from jaxlm.comparison_plans_report import plan_findings, plan_table
+
+        def report_plans(comparison: PlanComparison) -> tuple[str, None]:
+            return plan_table(comparison, plan_findings(comparison)), None
+
+        return compare_plans, report_plans
     from jaxlm.comparison import compare
     from jaxlm.comparison_page import write_comparison
     from jaxlm.comparison_report import findings, table

@@ -13,11 +13,13 @@ from jaxlm.comparison_lengths import compare_lengths
 from jaxlm.comparison_lengths_page import write_length_comparison
 from jaxlm.comparison_lengths_report import length_findings, length_table
 from jaxlm.comparison_page import write_comparison
+from jaxlm.comparison_plans import compare_plans
+from jaxlm.comparison_plans_report import plan_findings, plan_table
 from jaxlm.comparison_report import findings, table
-from jaxlm.config import Comparison, LengthComparison, load_comparison, load_config, read_config
+from jaxlm.config import Comparison, LengthComparison, PlanComparison, load_comparison, load_config, read_config
 from jaxlm.evaluation import evaluate_run
 from jaxlm.run import run, total_steps
-from jaxlm.shrink import shrink, shrink_comparison, shrink_length_comparison
+from jaxlm.shrink import shrink, shrink_comparison, shrink_length_comparison, shrink_plan_comparison
 from jaxlm.train.reporter import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,3 +89,20 @@ def test_every_comparison_over_lengths_trains_tests_and_reports(name, tmp_path, 
     assert all(f"| {arm} |" in told for arm in comparison.tested) and "Not finished" not in told
     page = write_length_comparison(comparison, arms).read_text()
     assert all(arm in page for arm in comparison.tested) and "nan" not in page
+
+
+@pytest.mark.parametrize("name", [name for name in COMPARISONS if isinstance(LOADED[name], PlanComparison)])
+def test_every_comparison_of_plans_trains_judges_and_reports(name, tmp_path, quick_compiles):
+    """Two updates, two seeds, a plain arm and a capsule; what is finished is not trained again."""
+    comparison = shrink_plan_comparison(LOADED[name], tmp_path / name)
+    compare_plans(comparison)
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / name).rglob("result.json")}
+    compare_plans(comparison)
+    assert len(done) == 4 and done == {path: path.stat().st_mtime_ns for path in done}
+    arms = plan_findings(comparison, resamples=50)
+    told = plan_table(comparison, arms)
+    assert all(f"| {arm} |" in told for arm in comparison.arms) and "nan" not in told
+    plain, capsule = (arm.numbers for arm in arms)
+    split = next(iter(comparison.tests))
+    assert capsule[f"tokens/{split}"] - capsule[f"visible/{split}"] == LOADED[name].arms["capsule"].num_capsules
+    assert f"plan_nll/{split}" in capsule and f"shuffled/{split}" in capsule and f"shuffled/{split}" not in plain

@@ -18,8 +18,8 @@ ROWS = (
     ("evaluation_metrics",),
     ("run", "shrink", "evaluation_page"),
     ("evaluation", "comparison"),
-    ("comparison_report", "comparison_lengths"),
-    ("comparison_page", "comparison_lengths_report"),
+    ("comparison_report", "comparison_lengths", "comparison_plans"),
+    ("comparison_page", "comparison_lengths_report", "comparison_plans_report"),
     ("comparison_lengths_page",),
 )
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}

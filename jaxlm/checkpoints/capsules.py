@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's capsule beside its Hugging Face files: capsule.json (numbers) and capsule.safetensors (leaves).
+"""A model's capsule beside its Hugging Face files: capsule/numbers.json and capsule/leaves.safetensors.
 
-The folder loads without them: then it is the decoder alone.
+A folder of their own, so that the model's loads without them: then it is the decoder alone.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from jaxlm.nn.capsule_config import CapsuleConfig, PlanDecoderConfig
 from jaxlm.weights.names import named_leaves
 
-NUMBERS, LEAVES = "capsule.json", "capsule.safetensors"
+NUMBERS, LEAVES = "numbers.json", "leaves.safetensors"
 
 
 class Capsules(NamedTuple):
@@ -40,10 +40,11 @@ class Capsules(NamedTuple):
 
 def save_capsules(folder: str | os.PathLike[str], capsules: Capsules) -> None:
     """Writes both files into a model's folder."""
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder) / "capsule"
+    folder.mkdir()
     leaves = {name: np.ascontiguousarray(np.asarray(x)) for name, x in named_leaves(capsules.leaves).items()}
     save_file(leaves, folder / LEAVES, metadata={"format": "np"})
-    (folder / LEAVES).chmod((folder / "config.json").stat().st_mode)
+    (folder / LEAVES).chmod((folder.parent / "config.json").stat().st_mode)
     numbers = {
         "capsule": dataclasses.asdict(capsules.config),
         "plan_decoder": None if capsules.decoder is None else dataclasses.asdict(capsules.decoder),
@@ -58,7 +59,7 @@ def load_capsules(folder: str | os.PathLike[str]) -> Capsules | None:
 
     Raises: ValueError, naming the file, where one of the two is missing or does not fit the other.
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder) / "capsule"
     if not (folder / NUMBERS).is_file():
         return None
     if not (folder / LEAVES).is_file():

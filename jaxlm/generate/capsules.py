@@ -59,7 +59,9 @@ class CapsuleModel:
         made = given(self.capsule, size=size, page=page)
         if not self.shuffled:
             return made
-        return given(self.capsule, size=size, page=page, given=jnp.roll(made.embeddings, 1, axis=0))
+        rows, real = jnp.arange(len(lengths)), jnp.sum(lengths > 0)  # prompts come first, padding behind them
+        others = jnp.take(made.embeddings, jnp.where(rows == 0, jnp.maximum(real - 1, 0), rows - 1), axis=0)
+        return given(self.capsule, size=size, page=page, given=others)
 
     def prefill(
         self, params: Params, tokens: jax.Array, lengths: jax.Array, *, size: int, page: int = 64

@@ -83,8 +83,8 @@ def test_a_capsule_is_read_out_as_text_and_survives_the_disk(tmp_path):
     assert explain(again.model, again.params, decoder, again.tokenizer, PROMPTS) == plans
     ours, theirs = (engine.sample(PROMPTS[:1], GREEDY)[0][0].tokens.tolist() for engine in (sampler(), again))
     assert ours == theirs
-    (tmp_path / "model" / "capsule.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"capsule.safetensors is missing"):
+    (tmp_path / "model" / "capsule" / "leaves.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"leaves.safetensors is missing"):
         open_sampler(tmp_path / "model")
 
 
