@@ -48,7 +48,7 @@ def get_comparison() -> PlanComparison:
             model=ModelConfig(vocab_size=264, width=128, num_layers=4, num_heads=4, max_length=256),
             tokenizer="bytes",
             data=DataConfig(
-                tasks=(Task(name="recipe", train=recipes(100_000, 0), test=recipes(200, 1)),),
+                tasks=(Task(name="recipe", train=recipes(50_000, 0), test=recipes(200, 1)),),
                 length=128,
                 packing="none",
             ),

@@ -18,7 +18,7 @@ from jaxlm.train import AdamW, RunOptions
 
 TASK = Task(
     name="recipe",
-    train=ProceduralPlans(generator="recipe", size=100_000),
+    train=ProceduralPlans(generator="recipe", size=50_000),
     test=ProceduralPlans(generator="recipe", size=200, seed=1),
 )
 

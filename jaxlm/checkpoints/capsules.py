@@ -42,7 +42,7 @@ def save_capsules(folder: str | os.PathLike[str], capsules: Capsules) -> None:
     """Writes both files into a model's folder."""
     folder = pathlib.Path(folder) / "capsule"
     folder.mkdir()
-    leaves = {name: np.ascontiguousarray(np.asarray(x)) for name, x in named_leaves(capsules.leaves).items()}
+    leaves = {name: np.array(x, order="C") for name, x in named_leaves(capsules.leaves).items()}
     save_file(leaves, folder / LEAVES, metadata={"format": "np"})
     (folder / LEAVES).chmod((folder.parent / "config.json").stat().st_mode)
     numbers = {

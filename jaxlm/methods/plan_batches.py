@@ -9,6 +9,7 @@ B rows, T tokens, P prompt columns with `<cap>`, M segments of a row, J plan tok
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -227,7 +228,7 @@ class PlanBatches:
         self._tokenizer, self._step = tokenizer, 0
         self._known: dict[tuple[int, int], Encoded] = {}
         if layout.plans and hasattr(record, "everything"):
-            refuse_long_plans(self._encode, record.everything(), describe, layout)
+            check_plans(self._encode, record.everything(), describe, layout)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -268,21 +269,31 @@ class PlanBatches:
         self._step = int(state["step"])
 
 
-def refuse_long_plans(
+def check_plans(
     encode: PlanEncoder, records: Iterator[tuple[int, int, Any]], describe: Callable[[int, int], str], layout: Layout
 ) -> None:
-    """Raises ValueError for plans longer than `max_plan`, with their number and the longest, unless they may be cut."""
+    """Looks through all records before the first batch.
+
+    Raises: ValueError for a record without a plan, and for plans longer than `max_plan`, with their number and the
+      longest, unless they may be cut.
+    """
     long, total, most, place = 0, 0, 0, ""
     for task_id, record_id, record in records:
         try:
-            parse(record)
+            parsed = parse(record)
         except BadRecord:
             continue  # the preparation has named or counted it
-        where = describe(task_id, record_id)
-        length = len(encode(record, where).plan)
-        total, long = total + 1, long + (length > layout.max_plan)
+        where = functools.partial(describe, task_id, record_id)
+        if not isinstance(parsed, Planned) or not parsed.plan:
+            encode(record, where())  # says what is missing
+            continue
+        total += 1
+        if len(parsed.plan.encode()) + 2 <= layout.max_plan:
+            continue  # no token is shorter than a byte
+        length = len(encode(record, where()).plan)
+        long += length > layout.max_plan
         if length > most:
-            most, place = length, where
+            most, place = length, where()
     if long and layout.long_plans == "refuse":
         raise ValueError(
             f"{long} of {total} plans are longer than max_plan {layout.max_plan} tokens, the longest ({place}) has "
