@@ -10,7 +10,8 @@ import numpy as np
 from jaxlm.comparison import run_directory
 from jaxlm.comparison_plans import best_plan_rate
 from jaxlm.config import PlanComparison
-from jaxlm.rewards.resampled import Estimate, interval_of_mean
+from jaxlm.resampling import Interval
+from jaxlm.rewards.resampled import interval_of_mean
 
 
 class PlanArm(NamedTuple):
@@ -25,7 +26,7 @@ class PlanArm(NamedTuple):
 
     name: str
     rate: float
-    splits: Mapping[str, Mapping[str, Estimate]]
+    splits: Mapping[str, Mapping[str, Interval]]
     numbers: Mapping[str, float]
 
 
@@ -92,7 +93,7 @@ def _mean(answers: list[Any], name: str) -> np.ndarray:
     return np.mean([each[name] for each in answers], axis=0)
 
 
-def _points(estimate: Estimate | None) -> str:
+def _points(estimate: Interval | None) -> str:
     return (
         "-"
         if estimate is None
