@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxlm.generate.engine import Prompt
 from jaxlm.generate.texts import prompt_tokens
-from jaxlm.nn.cache import Cache
+from jaxlm.nn.cache import Cache, Entries
 from jaxlm.nn.capsule import Rollout, capsule_rollout
 from jaxlm.nn.capsule_config import CapsuleConfig, PlanDecoderConfig
 from jaxlm.nn.config import ModelConfig
@@ -82,6 +82,10 @@ class CapsuleModel:
     def extend(self, *args: Any, **options: Any) -> tuple[jax.Array, Cache]:
         """`Model.extend`."""
         return self.model.extend(*args, **options)
+
+    def peek(self, *args: Any, **options: Any) -> tuple[jax.Array, Entries]:
+        """`Model.peek`."""
+        return self.model.peek(*args, **options)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """`Model.logits`."""

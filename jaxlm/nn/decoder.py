@@ -148,9 +148,7 @@ class Model:
         def mixing(p, query, key, value, places, window, _):
             return mix(p, query, key, value, config, encoding=places, window=window)
 
-        hidden, entries = self._read(
-            params, tokens, cache, lengths, mixing, embeddings=embeddings, output=output
-        )
+        hidden, entries = self._read(params, tokens, cache, lengths, mixing, embeddings=embeddings, output=output)
         return hidden, write(cache, entries, lengths)
 
     def extend(
