@@ -94,8 +94,11 @@ class _Shared:
         self.comparison, self.config = comparison, comparison.run
         self.mesh = make_mesh(self.config.mesh)
         check_rows(self.mesh, self.config.run.batch_size, self.config.run.micro_batches)
-        self.rows = open_data(self.config, load_tokenizer(self.config))
-        self.model, self.params = load_model(self.config, self.mesh, vocabulary=self.rows[0].vocab_size)
+        tokenizer = load_tokenizer(self.config)
+        configs = {arm: dataclasses.replace(self.config, data=comparison.data_of(arm)) for arm in comparison.arms}
+        self.rows = {arm: open_data(config, tokenizer) for arm, config in configs.items()}
+        vocabulary = self.rows[comparison.plain][0].vocab_size
+        self.model, self.params = load_model(self.config, self.mesh, vocabulary=vocabulary)
         splits = {"chosen_on": comparison.chosen_on, **comparison.tests}
         self.questions = {name: questions_of(source) for name, source in splits.items()}
 
@@ -104,12 +107,12 @@ class _Shared:
         directory = run_directory(self.comparison, arm, rate, seed)
         options = dataclasses.replace(self.config.run, seed=seed, directory="")
         method = at_rate(self.comparison.arms[arm], rate)
-        config = dataclasses.replace(self.config, method=method, run=options)
+        config = dataclasses.replace(self.config, data=self.comparison.data_of(arm), method=method, run=options)
         if not begin(directory, config):
             return
         reporter = RunReporter(directory, options.steps, stream=io.StringIO())
         scores = Scores(None, config.data.task_names)
-        job = make_job(config, self.mesh, self.model, self.params, *self.rows, reporter, scores)
+        job = make_job(config, self.mesh, self.model, self.params, *self.rows[arm], reporter, scores)
         params = method.run(job)
         reporter.close()
         numbers, answers = self.judge(method, params)

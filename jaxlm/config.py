@@ -224,6 +224,8 @@ class PlanComparison:
       run: what the arms share: data, steps, batch, mesh; its `run.directory` is the comparison's.
       arms: name -> `RCapsule(...)`.
       follows: arm -> the arm whose rate it takes, without choosing one: sweeps and controls.
+      learns_from: arm -> the records that it trains on in place of those of `run`, which then has one task: another text
+        for the same questions.
       learning_rates: at least three, so that the best can lie inside.
       seeds: of data order and new parameters; at least two.
       plain: the arm that the others are compared with: steps and answer as text.
@@ -236,6 +238,7 @@ class PlanComparison:
     run: RunConfig
     arms: Mapping[str, Any]
     follows: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    learns_from: Mapping[str, Source] = dataclasses.field(default_factory=dict)
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     plain: str
@@ -246,13 +249,23 @@ class PlanComparison:
 
     def __post_init__(self):
         _check_trials(self.learning_rates, self.seeds, self.run)
-        named = {self.plain, *self.follows, *self.follows.values()}
+        named = {self.plain, *self.follows, *self.follows.values(), *self.learns_from}
         if unknown := sorted(named - set(self.arms)):
             raise ValueError(f"no arm {unknown}; there are {', '.join(self.arms)}")
         if chains := sorted(set(self.follows.values()) & set(self.follows)):
             raise ValueError(f"{chains} are followed and follow others themselves: let them choose a rate")
+        if self.learns_from and len(self.run.data.tasks) != 1:
+            names = ", ".join(self.run.data.task_names)
+            raise ValueError(f"learns_from replaces the records of one task, and run.data has {names}")
         if self.slots < 2:
             raise ValueError(f"slots must be at least 2, got {self.slots}: capsules are exchanged among them")
+
+    def data_of(self, arm: str) -> DataConfig:
+        """What an arm learns from."""
+        data = self.run.data
+        if arm not in self.learns_from:
+            return data
+        return dataclasses.replace(data, tasks=(dataclasses.replace(data.tasks[0], train=self.learns_from[arm]),))
 
     @property
     def directory(self) -> Path:

@@ -16,25 +16,31 @@ VERSION = 1  # raise it when a generator's items change: prepared data is made a
 _KEYS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def recipe(rng: random.Random, *, least: int = 3, most: int = 6, modulus: int = 97) -> Planned:
+def recipe(
+    rng: random.Random, *, least: int = 3, most: int = 6, keys: int = 26, modulus: int = 97, spelled: bool = False
+) -> Planned:
     """A start value and operations under keys, out of order: 12: c*3 a+7 b-4= +7 -4 *3, 19 15 45, 45.
 
-    Plan: the operations in the order of their keys; steps: the value after each, modulo 97; answer: the last of them.
+    Plan: the operations in the order of their keys; steps: the value after each, modulo `modulus`, or, spelled out, each
+    operation with its value, +7=19 -4=15 *3=45; answer: the last value. Keys are of the first `keys` letters.
     """
-    if least > most or most > len(_KEYS):
-        raise ValueError(f"need least <= most <= {len(_KEYS)} operations, got {least} and {most}")
+    if not least <= most <= keys <= len(_KEYS):
+        raise ValueError(
+            f"need least <= most operations, and as many keys of {len(_KEYS)}; got {least}, {most} and {keys}"
+        )
     count = rng.randint(least, most)
-    keys = sorted(rng.sample(_KEYS, count))
-    operations = [rng.choice("+-*") + str(rng.randint(2, 9)) for _ in keys]
+    letters = sorted(rng.sample(_KEYS[:keys], count))
+    operations = [rng.choice("+-*") + str(rng.randint(2, 9)) for _ in letters]
     value = start = rng.randrange(modulus)
     values = []
     for operation in operations:
         number = int(operation[1:])
         value = {"+": value + number, "-": value - number, "*": value * number}[operation[0]] % modulus
         values.append(str(value))
-    listed = [key + operation for key, operation in zip(keys, operations, strict=True)]
+    steps = [f"{a}={b}" for a, b in zip(operations, values, strict=True)] if spelled else values
+    listed = [key + operation for key, operation in zip(letters, operations, strict=True)]
     rng.shuffle(listed)
-    return Planned(f"{start}: {' '.join(listed)}=", " ".join(operations), " ".join(values), values[-1])
+    return Planned(f"{start}: {' '.join(listed)}=", " ".join(operations), " ".join(steps), values[-1])
 
 
 def implication(rng: random.Random, *, least: int = 2, most: int = 5) -> Planned:

@@ -184,11 +184,14 @@ def chosen(source: Any, generators: Mapping[str, Callable[..., Any]]) -> Callabl
     if source.size < 1:
         raise ValueError(f"size of generator {source.generator!r} must be at least 1, got {source.size}")
     generate = generators[source.generator]
-    known = [name for name in inspect.signature(generate).parameters if name != "rng"]
+    known = {name: p.default for name, p in inspect.signature(generate).parameters.items() if name != "rng"}
     for name, value in source.options.items():
         if name not in known:
             raise ValueError(f"generator {source.generator!r} has no option {name!r}; it has {', '.join(known)}")
-        if not isinstance(value, int) or value < 1:
+        if isinstance(known[name], bool) != isinstance(value, bool):
+            kind = "true or false" if isinstance(known[name], bool) else "a number"
+            raise ValueError(f"option {name!r} of generator {source.generator!r} must be {kind}, got {value!r}")
+        if not isinstance(value, bool) and (not isinstance(value, int) or value < 1):
             raise ValueError(f"option {name!r} of generator {source.generator!r} must be >= 1, got {value!r}")
     return generate
 

@@ -30,6 +30,13 @@ def test_a_recipe_is_its_operations_by_key_and_their_values():
         assert 3 <= len(plan) <= 6
 
 
+def test_spelled_steps_are_plan_and_values_of_the_same_questions():
+    for short, item in zip(items("recipe", modulus=10), items("recipe", modulus=10, spelled=True), strict=True):
+        pairs = [step.split("=") for step in item.steps.split()]
+        assert [a for a, _ in pairs] == short.plan.split() and [b for _, b in pairs] == short.steps.split()
+        assert item._replace(steps="") == short._replace(steps="")
+
+
 def test_an_implication_is_found_by_following_the_rules():
     answers = set()
     for item in items("implication"):
