@@ -19,7 +19,7 @@ from jaxlm.train import AdamW, RunOptions
 
 HARDER = {"least": 7, "most": 8}
 PLAIN = RCapsule(
-    sft=Sft(optimizer=AdamW(warmup=0.05)), num_capsules=0, capsule_width=32, decoder_width=128, max_plan=32
+    sft=Sft(optimizer=AdamW(warmup=0.05)), num_capsules=0, capsule_width=32, decoder_width=128, max_plan=32, bucket=8
 )
 CAPSULE = dataclasses.replace(PLAIN, num_capsules=2, keep_decoder=True)
 UNREAD = dataclasses.replace(CAPSULE, recon="none", keep_decoder=False)

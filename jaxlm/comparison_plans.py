@@ -43,13 +43,15 @@ class Judged(NamedTuple):
 
     Attributes:
       correct: [Q] float32, 1.0 where the verifier says so.
-      shuffled: [Q], the same with every question's capsule exchanged for another one's; NaN without a capsule.
+      shuffled, mean: [Q], the same with every question's capsule exchanged for another one's, or for the mean of all;
+        NaN without a capsule.
       tokens: [Q], generated for the answer, capsule tokens counted.
       visible: [Q], those of them that are text.
     """
 
     correct: np.ndarray
     shuffled: np.ndarray
+    mean: np.ndarray
     tokens: np.ndarray
     visible: np.ndarray
 
@@ -148,8 +150,9 @@ def questions_of(source: Source) -> list[Mapping[str, Any]]:
 
 def answers_of(found: Judged) -> dict[str, np.ndarray]:
     """What is reported of each split; what is not measured is left out."""
-    named = {"accuracy": found.correct, "shuffled": found.shuffled, "tokens": found.tokens, "visible": found.visible}
-    return {name: x for name, x in named.items() if not np.isnan(x).any()}
+    return {
+        "accuracy" if name == "correct" else name: x for name, x in found._asdict().items() if not np.isnan(x).any()
+    }
 
 
 def judged(sampler: Sampler, method: RCapsule, records: Sequence[Mapping[str, Any]], sampling: Sampling) -> Judged:
@@ -164,13 +167,16 @@ def judged(sampler: Sampler, method: RCapsule, records: Sequence[Mapping[str, An
         return np.array(right, np.float32), np.array([len(c.tokens) for c in said], np.float32)
 
     correct, visible = answered(sampler)
-    shuffled = np.full_like(correct, np.nan)
+    controls = {name: np.full_like(correct, np.nan) for name in ("shuffled", "mean")}
     speaker: Any = sampler.model
     if isinstance(speaker, CapsuleModel) and method.source != "pause":
-        other: Any = dataclasses.replace(speaker, shuffled=True)
-        exchanged = Sampler(other, sampler.params, sampler.tokenizer, slots=slots, size=sampler.size)
-        shuffled, _ = answered(exchanged)
-    return Judged(correct, shuffled, visible + method.num_capsules, visible)
+        for name in controls:
+            options: Any = {"given": name}
+            other: Any = dataclasses.replace(speaker, **options)
+            controls[name], _ = answered(
+                Sampler(other, sampler.params, sampler.tokenizer, slots=slots, size=sampler.size)
+            )
+    return Judged(correct, **controls, tokens=visible + method.num_capsules, visible=visible)
 
 
 def latencies(sampler: Sampler, records: Sequence[Mapping[str, Any]], sampling: Sampling) -> dict[str, float]:

@@ -19,8 +19,8 @@ class PlanArm(NamedTuple):
 
     Attributes:
       name, rate: which.
-      splits: split -> {"accuracy", "versus", "shuffled"}: estimates over questions, seeds averaged first; "versus" is
-        the accuracy less that of the plain arm on the same questions.
+      splits: split -> {"accuracy", "versus", "shuffled", "mean"}: estimates over questions, seeds averaged first;
+        "versus" is the accuracy less that of the plain arm on the same questions.
       numbers: means over seeds of everything that `result.json` holds.
     """
 
@@ -41,7 +41,8 @@ def plan_findings(comparison: PlanComparison, *, resamples: int = 10_000) -> lis
         splits = {}
         for split in comparison.tests:
             correct, plain = (_mean(each, f"{split}/correct") for each in (answers, found[comparison.plain][2]))
-            told = {"accuracy": correct, "versus": correct - plain, "shuffled": _mean(answers, f"{split}/shuffled")}
+            told = {"accuracy": correct, "versus": correct - plain}
+            told |= {name: _mean(answers, f"{split}/{name}") for name in ("shuffled", "mean")}
             kept = {key: x for key, x in told.items() if not np.isnan(x).any()}
             splits[split] = {key: interval_of_mean(x, resamples=resamples) for key, x in kept.items()}
         numbers = {key: float(np.mean([result[key] for result in results])) for key in results[0]}
@@ -60,6 +61,7 @@ def plan_table(comparison: PlanComparison, arms: list[PlanArm]) -> str:
             "accuracy",
             f"less {comparison.plain}",
             "capsules exchanged",
+            "mean capsule",
             "visible tokens",
         )
         heads += ("all tokens", "s alone", "s full", "plan tokens right", "plan, nats")
@@ -67,7 +69,7 @@ def plan_table(comparison: PlanComparison, arms: list[PlanArm]) -> str:
         for arm in arms:
             n, estimates = arm.numbers, arm.splits[split]
             cells = [arm.name, f"{arm.rate:g}"]
-            cells += [_points(estimates.get(key)) for key in ("accuracy", "versus", "shuffled")]
+            cells += [_points(estimates.get(key)) for key in ("accuracy", "versus", "shuffled", "mean")]
             cells += [_number(n, f"{key}/{split}", "{:.1f}") for key in ("visible", "tokens")]
             cells += [_number(n, key, "{:.3f}") for key in ("seconds_alone", "seconds_full")]
             cells += [_number(n, f"plan_accuracy/{split}", "{:.1%}"), _number(n, f"plan_information/{split}", "{:.2f}")]

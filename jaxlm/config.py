@@ -224,8 +224,8 @@ class PlanComparison:
       run: what the arms share: data, steps, batch, mesh; its `run.directory` is the comparison's.
       arms: name -> `RCapsule(...)`.
       follows: arm -> the arm whose rate it takes, without choosing one: sweeps and controls.
-      learns_from: arm -> the records that it trains on in place of those of `run`, which then has one task: another text
-        for the same questions.
+      learns_from: arm -> the records that it trains on in place of those of `run`, which then has one task: another
+        text for the same questions.
       learning_rates: at least three, so that the best can lie inside.
       seeds: of data order and new parameters; at least two.
       plain: the arm that the others are compared with: steps and answer as text.

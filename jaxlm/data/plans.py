@@ -21,8 +21,8 @@ def recipe(
 ) -> Planned:
     """A start value and operations under keys, out of order: 12: c*3 a+7 b-4= +7 -4 *3, 19 15 45, 45.
 
-    Plan: the operations in the order of their keys; steps: the value after each, modulo `modulus`, or, spelled out, each
-    operation with its value, +7=19 -4=15 *3=45; answer: the last value. Keys are of the first `keys` letters.
+    Plan: the operations in the order of their keys; steps: the value after each, modulo `modulus`, or, spelled out,
+    each operation with its value, +7=19 -4=15 *3=45; answer: the last value. Keys are of the first `keys` letters.
     """
     if not least <= most <= keys <= len(_KEYS):
         raise ValueError(

@@ -7,7 +7,7 @@ B prompts, T tokens of a prompt, K capsule tokens, D model width.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +32,15 @@ class CapsuleModel:
       model: the decoder.
       capsule: how its capsules are made; the parameters hold their leaves under "capsule".
       cap, end: ids of `<cap>` and `</cap>`.
-      shuffled: capsules of a group of prompts are exchanged, each gets its neighbour's: a control.
+      given: what text goes on from: one's own capsule; or a control, over the prompts that are read together: its
+        neighbour's, or the mean of all embeddings, place by place.
     """
 
     model: Model
     capsule: CapsuleConfig
     cap: int
     end: int
-    shuffled: bool = False
+    given: Literal["own", "shuffled", "mean"] = "own"
 
     @property
     def config(self) -> ModelConfig:
@@ -55,13 +56,17 @@ class CapsuleModel:
         """The rollout behind prompts [B, T] of `lengths` [B] tokens, `<cap>` added."""
         places = jnp.arange(tokens.shape[1] + 1, dtype=jnp.int32)[None]
         with_cap = jnp.where(places == lengths[:, None], self.cap, jnp.pad(tokens, ((0, 0), (0, 1))))
-        given = functools.partial(capsule_rollout, self.model, params, with_cap, places <= lengths[:, None])
-        made = given(self.capsule, size=size, page=page)
-        if not self.shuffled:
+        roll = functools.partial(capsule_rollout, self.model, params, with_cap, places <= lengths[:, None])
+        made = roll(self.capsule, size=size, page=page)
+        if self.given == "own":
             return made
         rows, real = jnp.arange(len(lengths)), jnp.sum(lengths > 0)  # prompts come first, padding behind them
-        others = jnp.take(made.embeddings, jnp.where(rows == 0, jnp.maximum(real - 1, 0), rows - 1), axis=0)
-        return given(self.capsule, size=size, page=page, given=others)
+        if self.given == "shuffled":
+            others = jnp.take(made.embeddings, jnp.where(rows == 0, jnp.maximum(real - 1, 0), rows - 1), axis=0)
+        else:
+            summed = jnp.sum(made.embeddings, axis=0, where=(rows < real)[:, None, None], keepdims=True)
+            others = jnp.broadcast_to(summed / jnp.maximum(real, 1), made.embeddings.shape)
+        return roll(self.capsule, size=size, page=page, given=others)
 
     def prefill(
         self, params: Params, tokens: jax.Array, lengths: jax.Array, *, size: int, page: int = 64
