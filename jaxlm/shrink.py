@@ -101,16 +101,18 @@ def shrink_length_comparison(comparison: LengthComparison, directory: str | Path
 
 
 def shrink_plan_comparison(comparison: PlanComparison, directory: str | Path) -> PlanComparison:
-    """The plain arm and the first one with a capsule, on a tiny model: one rate three times over, two seeds."""
+    """The plain arm, the first one with a capsule and one with its own records, if any, on a tiny model: two seeds."""
     run = shrink(comparison.run)
     run = dataclasses.replace(run, run=dataclasses.replace(run.run, directory=str(directory)))
     first = next(name for name, method in comparison.arms.items() if method.num_capsules)
-    kept = {name: comparison.arms[name].shrunk() for name in (comparison.plain, first)}
+    own = list(comparison.learns_from)[:1]
+    kept = {name: comparison.arms[name].shrunk() for name in (comparison.plain, first, *own)}
     return dataclasses.replace(
         comparison,
         run=run,
         arms=kept,
         follows={},
+        learns_from={name: _source(comparison.learns_from[name], first=0, count=24) for name in own},
         learning_rates=comparison.learning_rates[:1] * 3,
         seeds=comparison.seeds[:2],
         chosen_on=_source(comparison.chosen_on, first=0, count=4),

@@ -93,16 +93,20 @@ def test_every_comparison_over_lengths_trains_tests_and_reports(name, tmp_path, 
 
 @pytest.mark.parametrize("name", [name for name in COMPARISONS if isinstance(LOADED[name], PlanComparison)])
 def test_every_comparison_of_plans_trains_judges_and_reports(name, tmp_path, quick_compiles):
-    """Two updates, two seeds, a plain arm and a capsule; what is finished is not trained again."""
+    """Two updates, two seeds, three arms; what is finished is not trained again."""
     comparison = shrink_plan_comparison(LOADED[name], tmp_path / name)
     compare_plans(comparison)
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / name).rglob("result.json")}
     compare_plans(comparison)
-    assert len(done) == 4 and done == {path: path.stat().st_mtime_ns for path in done}
+    assert len(done) == 2 * 3 and done == {path: path.stat().st_mtime_ns for path in done}
     arms = plan_findings(comparison, resamples=50)
     told = plan_table(comparison, arms)
     assert all(f"| {arm} |" in told for arm in comparison.arms) and "nan" not in told
-    plain, capsule = (arm.numbers for arm in arms)
+    plain, capsule, spelled = (arm.numbers for arm in arms)
     split = next(iter(comparison.tests))
     assert capsule[f"tokens/{split}"] - capsule[f"visible/{split}"] == LOADED[name].arms["capsule"].num_capsules
-    assert f"plan_nll/{split}" in capsule and f"shuffled/{split}" in capsule and f"shuffled/{split}" not in plain
+    assert f"plan_nll/{split}" in capsule and f"plan_nll/{split}" not in spelled
+    for control in ("shuffled", "mean"):
+        assert f"{control}/{split}" in capsule and f"{control}/{split}" not in plain
+    learnt = {path.parent.parent.name: read_config(path.parent).data.tasks[0].train.options for path in done}
+    assert "spelled" not in learnt["capsule"] and learnt["CoT-SFT, spelled out"]["spelled"] is True

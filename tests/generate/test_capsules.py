@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,21 @@ def test_a_capsule_is_read_out_as_text_and_survives_the_disk(tmp_path):
     (tmp_path / "model" / "capsule" / "leaves.safetensors").unlink()
     with pytest.raises(ValueError, match=r"leaves.safetensors is missing"):
         open_sampler(tmp_path / "model")
+
+
+def test_the_script_prints_the_plan_and_a_server_knows_none(tmp_path, generate):
+    tokenizer, _, _, params = made()
+    model, plain, capsules = METHOD.exported(START, params, tokenizer)
+    checkpoints.save(tmp_path / "model", model, plain, tokenizer=tokenizer)
+    checkpoints.save_capsules(tmp_path / "model", capsules)
+    [plan] = explain(sampler().model, params, METHOD.decoder, tokenizer, PROMPTS[:1])
+    how = ("--explain", "--temperature", 0, "--max-tokens", 4, PROMPTS[0])
+    code, printed, _ = generate(tmp_path / "model", "--json", *how)
+    assert code == 0 and json.loads(printed)["plan"] == plan
+    code, printed, _ = generate(tmp_path / "model", *how)
+    assert code == 0 and printed.startswith(f"--- plan 0\n{plan}\n")
+    code, _, errors = generate("name", "--server", "http://127.0.0.1:9", *how)
+    assert code == 2 and "capsule tokens are embeddings; use the embedded engine: --explain without --server" in errors
 
 
 def test_room_is_needed_for_the_capsule_too():

@@ -5,7 +5,6 @@ import contextlib
 import http.client
 import json
 import os
-import runpy
 import signal
 import socket
 import subprocess
@@ -289,20 +288,6 @@ def folder(sampler, tmp_path_factory):
     target = tmp_path_factory.mktemp("tiny") / "tiny"
     checkpoints.save(target, sampler.model, sampler.params, tokenizer=sampler.tokenizer)
     return target
-
-
-@pytest.fixture
-def generate(monkeypatch, capsys):
-    """Runs scripts/generate.py in this process: exit code, standard output, standard error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(ROOT / "scripts" / "generate.py"), run_name="__main__")
-        captured = capsys.readouterr()
-        return stopped.value.code, captured.out, captured.err
-
-    return call
 
 
 def test_the_script_says_the_same_from_disk_and_from_a_server(server, sampler, folder, generate, tmp_path):
