@@ -20,7 +20,13 @@ from jaxlm.train import AdamW, RunOptions
 EASY = {"least": 2, "most": 4, "keys": 6, "modulus": 10}
 HARDER = {**EASY, "least": 5, "most": 6}
 PLAIN = RCapsule(
-    sft=Sft(optimizer=AdamW(warmup=0.05)), num_capsules=0, capsule_width=32, decoder_width=128, max_plan=32, bucket=8
+    sft=Sft(optimizer=AdamW(warmup=0.05)),
+    num_capsules=0,
+    capsule_width=32,
+    decoder_layers=1,
+    decoder_width=64,
+    max_plan=32,
+    bucket=8,
 )
 CAPSULE = dataclasses.replace(PLAIN, num_capsules=2, keep_decoder=True)
 UNREAD = dataclasses.replace(CAPSULE, recon="none", keep_decoder=False)
@@ -34,11 +40,8 @@ def recipes(size: int, seed: int, **options: int) -> ProceduralPlans:
 def get_comparison() -> PlanComparison:
     """The comparison."""
     sweeps = {
-        "capsule, K = 1": dataclasses.replace(CAPSULE, num_capsules=1),
         "capsule, K = 4": dataclasses.replace(CAPSULE, num_capsules=4),
         "capsule, d = 8": dataclasses.replace(CAPSULE, capsule_width=8),
-        "capsule, lambda = 1": dataclasses.replace(CAPSULE, recon_weight=1.0),
-        "capsule, no steps": dataclasses.replace(CAPSULE, targets="answer"),
     }
     controls = {
         "capsule, no reconstruction": UNREAD,
@@ -55,7 +58,7 @@ def get_comparison() -> PlanComparison:
                 packing="none",
             ),
             method=PLAIN,
-            run=RunOptions(steps=800, batch_size=64, log_every=20, directory="runs/compare_capsule"),
+            run=RunOptions(steps=1200, batch_size=64, log_every=20, directory="runs/compare_capsule"),
         ),
         arms={
             "answer only": dataclasses.replace(PLAIN, targets="answer"),
