@@ -39,14 +39,14 @@ def recipes(size: int, seed: int, **options: int) -> ProceduralPlans:
 
 def get_comparison() -> PlanComparison:
     """The comparison."""
-    sweeps = {
-        "capsule, K = 4": dataclasses.replace(CAPSULE, num_capsules=4),
-        "capsule, d = 8": dataclasses.replace(CAPSULE, capsule_width=8),
-    }
-    controls = {
+    of_capsule = {
         "capsule, no reconstruction": UNREAD,
-        "pause tokens": dataclasses.replace(UNREAD, source="pause"),
-        "hidden states fed back": dataclasses.replace(UNREAD, source="hidden"),
+        "capsule, d = 8": dataclasses.replace(CAPSULE, capsule_width=8),
+        "no steps: capsule": dataclasses.replace(CAPSULE, targets="answer"),
+        "no steps: capsule, K = 4": dataclasses.replace(CAPSULE, targets="answer", num_capsules=4),
+        "no steps: capsule, no reconstruction": dataclasses.replace(UNREAD, targets="answer"),
+        "no steps: pause tokens": dataclasses.replace(UNREAD, targets="answer", source="pause"),
+        "no steps: hidden states fed back": dataclasses.replace(UNREAD, targets="answer", source="hidden"),
     }
     return PlanComparison(
         run=RunConfig(
@@ -66,11 +66,10 @@ def get_comparison() -> PlanComparison:
             "CoT-SFT, spelled out": PLAIN,
             "Plan-SFT": dataclasses.replace(PLAIN, targets="plan_steps_and_answer"),
             "capsule": CAPSULE,
-            **controls,
-            **sweeps,
+            **of_capsule,
         },
         follows={name: "CoT-SFT" for name in ("answer only", "Plan-SFT", "CoT-SFT, spelled out")}
-        | {name: "capsule" for name in (*controls, *sweeps)},
+        | {name: "capsule" for name in of_capsule},
         learns_from={"CoT-SFT, spelled out": recipes(50_000, 0, spelled=True)},
         learning_rates=(1e-3, 2e-3, 4e-3),
         seeds=(0, 1),
