@@ -39,15 +39,21 @@ def recipes(size: int, seed: int, **options: int) -> ProceduralPlans:
 
 def get_comparison() -> PlanComparison:
     """The comparison."""
-    of_capsule = {
+    told = {
+        "CoT-SFT, spelled out": PLAIN,
+        "Plan-SFT": dataclasses.replace(PLAIN, targets="plan_steps_and_answer"),
+        "capsule": CAPSULE,
         "capsule, no reconstruction": UNREAD,
         "capsule, d = 8": dataclasses.replace(CAPSULE, capsule_width=8),
-        "no steps: capsule": dataclasses.replace(CAPSULE, targets="answer"),
-        "no steps: capsule, K = 4": dataclasses.replace(CAPSULE, targets="answer", num_capsules=4),
-        "no steps: capsule, no reconstruction": dataclasses.replace(UNREAD, targets="answer"),
-        "no steps: pause tokens": dataclasses.replace(UNREAD, targets="answer", source="pause"),
-        "no steps: hidden states fed back": dataclasses.replace(UNREAD, targets="answer", source="hidden"),
     }
+    untold = {
+        "answer only": PLAIN,
+        "no steps: capsule, K = 4": dataclasses.replace(CAPSULE, num_capsules=4),
+        "no steps: capsule, no reconstruction": UNREAD,
+        "no steps: pause tokens": dataclasses.replace(UNREAD, source="pause"),
+        "no steps: hidden states fed back": dataclasses.replace(UNREAD, source="hidden"),
+    }
+    untold = {name: dataclasses.replace(method, targets="answer") for name, method in untold.items()}
     return PlanComparison(
         run=RunConfig(
             model=ModelConfig(vocab_size=264, width=64, num_layers=4, num_heads=4, max_length=256),
@@ -61,15 +67,12 @@ def get_comparison() -> PlanComparison:
             run=RunOptions(steps=1200, batch_size=64, log_every=20, directory="runs/compare_capsule"),
         ),
         arms={
-            "answer only": dataclasses.replace(PLAIN, targets="answer"),
             "CoT-SFT": PLAIN,
-            "CoT-SFT, spelled out": PLAIN,
-            "Plan-SFT": dataclasses.replace(PLAIN, targets="plan_steps_and_answer"),
-            "capsule": CAPSULE,
-            **of_capsule,
+            **told,
+            "no steps: capsule": dataclasses.replace(CAPSULE, targets="answer"),
+            **untold,
         },
-        follows={name: "CoT-SFT" for name in ("answer only", "Plan-SFT", "CoT-SFT, spelled out")}
-        | {name: "capsule" for name in of_capsule},
+        follows={name: "CoT-SFT" for name in told} | {name: "no steps: capsule" for name in untold},
         learns_from={"CoT-SFT, spelled out": recipes(50_000, 0, spelled=True)},
         learning_rates=(1e-3, 2e-3, 4e-3),
         seeds=(0, 1),
