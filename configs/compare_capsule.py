@@ -48,6 +48,7 @@ def get_comparison() -> PlanComparison:
     }
     untold = {
         "answer only": PLAIN,
+        "no steps: capsule": CAPSULE,
         "no steps: capsule, K = 4": dataclasses.replace(CAPSULE, num_capsules=4),
         "no steps: capsule, no reconstruction": UNREAD,
         "no steps: pause tokens": dataclasses.replace(UNREAD, source="pause"),
@@ -69,10 +70,9 @@ def get_comparison() -> PlanComparison:
         arms={
             "CoT-SFT": PLAIN,
             **told,
-            "no steps: capsule": dataclasses.replace(CAPSULE, targets="answer"),
             **untold,
         },
-        follows={name: "CoT-SFT" for name in told} | {name: "no steps: capsule" for name in untold},
+        follows={name: "CoT-SFT" for name in (*told, *untold)},
         learns_from={"CoT-SFT, spelled out": recipes(50_000, 0, spelled=True)},
         learning_rates=(1e-3, 2e-3, 4e-3),
         seeds=(0, 1),
