@@ -75,7 +75,7 @@ def get_comparison() -> Comparison:
             "half held": MultiStage(method=sft, hold_random=0.5),
             "joint SFT": sft,
         },
-        learning_rates=(3e-5, 1e-4, 3e-4),
+        learning_rates=(1e-5, 3e-5, 1e-4),
         scale={"LoRA": 5.0},
         seeds=(0, 1, 2),
         plain="stages",
