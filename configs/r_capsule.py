@@ -3,7 +3,7 @@
 
   python scripts/train.py configs/r_capsule.py
   python scripts/train.py configs/r_capsule.py method.num_capsules=4 run.directory=runs/r_capsule_4
-  python scripts/generate.py runs/r_capsule --explain --temperature 0 "7: c*3 a+8 b-4="
+  python scripts/generate.py runs/r_capsule --explain --temperature 0 --max-tokens 32 "7: c*3 a+8 b-4="
 
 About five minutes on one core. docs/methods/r_capsule.md compares it with ways to do without a capsule.
 """

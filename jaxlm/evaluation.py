@@ -147,19 +147,28 @@ def length_table(metrics: Mapping[str, float]) -> str:
 
 
 def comparison(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """What a run changed, as text, a row a task.
+    """What a run changed, as text, a row a task; where the model answered by itself, also how often it was right.
 
     >>> before = {"loss": 2.0, "loss/sort": 2.0, "exact_match/sort": 0.0}
     >>> print(comparison(before, {"loss": 0.5, "loss/sort": 0.5, "exact_match/sort": 0.25}))
     task  loss before   after  exact before   after
     sort       2.0000  0.5000         0.0 %  25.0 %
     all        2.0000  0.5000
+    >>> print(comparison(before | {"accuracy/sort": 0.0}, before | {"accuracy/sort": 0.75}))
+    task  loss before   after  exact before  after  answers right before   after
+    sort       2.0000  2.0000         0.0 %  0.0 %                 0.0 %  75.0 %
+    all        2.0000  2.0000
     """
     rows: list[Sequence[str]] = [("task", "loss before", "after", "exact before", "after")]
+    shares = ["exact_match"]
+    if any(name.startswith("accuracy/") for name in after):
+        shares.append("accuracy")
+        rows = [(*rows[0], "answers right before", "after")]
     for task in _tasks(after):
         losses = [f"{metrics[f'loss/{task}']:.4f}" for metrics in (before, after)]
-        rows.append((task, *losses, *(_percent(metrics[f"exact_match/{task}"]) for metrics in (before, after))))
-    return _aligned([*rows, ("all", f"{before['loss']:.4f}", f"{after['loss']:.4f}", "", "")])
+        found = [(metrics, f"{name}/{task}") for name in shares for metrics in (before, after)]
+        rows.append((task, *losses, *(_percent(m[name]) if name in m else "" for m, name in found)))
+    return _aligned([*rows, ("all", f"{before['loss']:.4f}", f"{after['loss']:.4f}", *[""] * (2 * len(shares)))])
 
 
 def answers_table(found: Generated) -> str:

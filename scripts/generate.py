@@ -3,7 +3,7 @@
 
   python scripts/generate.py SmolLM2-135M-Instruct.Q4_1.gguf --chat "What is the capital of France?"
   python scripts/generate.py runs/quickstart "Sort: 3 1 2" --temperature 0 --max-tokens 32
-  python scripts/generate.py runs/r_capsule --explain "7: c*3 a+8 b-4="
+  python scripts/generate.py runs/r_capsule --explain --max-tokens 32 "7: c*3 a+8 b-4="
   echo "Once upon a time" | python scripts/generate.py model/ -n 4
   python scripts/generate.py NAME --server http://127.0.0.1:8000/v1 --file prompts.jsonl --json --journal done.jsonl
 

@@ -251,5 +251,7 @@ def _short(value: float) -> str:
 
 
 def _exact(metrics: Mapping[str, float], task: str) -> str:
-    value = metrics.get(f"exact_match/{task}")
-    return "" if value is None else f" ({100 * value:.0f} % exact)"
+    """Shares of exact rows and of right answers, where there are any."""
+    named = {"exact": metrics.get(f"exact_match/{task}"), "of answers right": metrics.get(f"accuracy/{task}")}
+    told = ", ".join(f"{100 * value:.0f} % {name}" for name, value in named.items() if value is not None)
+    return f" ({told})" if told else ""

@@ -78,11 +78,13 @@ def test_without_a_terminal_each_report_is_one_plain_line(tmp_path, screen):
     reporter.train(15, {"loss": 2.0})
     for _ in range(2):
         reporter.evaluation(15, {"loss": 2.0, "loss/sort": 2.0, "exact_match/sort": 0.25})
+    reporter.evaluation(20, {"loss": 2.0, "loss/sort": 2.0, "exact_match/sort": 0.25, "accuracy/sort": 0.5})
     reporter.close()
-    first, second, evaluation = screen.getvalue().splitlines()
+    first, second, evaluation, answered = screen.getvalue().splitlines()
     assert first == "step 10/20: loss 2.5, 1234 tokens/s, MFU 12.3 % of 1 x cpu"
     assert second.startswith("step 15/20: loss 2, ") and second.endswith(" left")
     assert evaluation == "held out at step 15: loss 2, sort 2 (25 % exact)"
+    assert answered == "held out at step 20: loss 2, sort 2 (25 % exact, 50 % of answers right)"
 
 
 def test_a_terminal_gets_a_bar_that_a_resumed_run_starts_in_the_middle():
