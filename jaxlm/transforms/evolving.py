@@ -442,7 +442,7 @@ def _drifted(
     some = jnp.maximum(held, 1)
     return Drift(
         optax.safe_increment(drift.choices),
-        held / max(size, 1),
+        held / np.float32(max(size, 1)),  # a model of 8B has more entries than an int32 counts
         common / jnp.maximum(held + first - common, 1),
         kept / jnp.maximum(held + was - kept, 1),
         (held - kept) / some,
