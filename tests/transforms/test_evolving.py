@@ -402,6 +402,17 @@ def test_drift_is_counted_exactly():
     assert np.array_equal(counts[2], [np.sum(held_mask(state)["embed"]), 0, 0])
 
 
+@pytest.mark.parametrize("source", ["gradient", "adam_nu"])
+def test_a_model_of_more_entries_than_an_int32_counts_is_traced(source):
+    """Shapes only: nothing of the 3.2 billion entries is ever made."""
+    tx = evolving_isolation(optax.adamw(1e-3), fraction=0.3, refresh_every=1, warmup=0, importance_source=source)
+    params = {name: {"kernel": jax.ShapeDtypeStruct((40_000, 40_000), jnp.float32)} for name in ("up", "down")}
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(tx.update, params, state, params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert updates["up"]["kernel"].shape == (40_000, 40_000)
+
+
 def test_excluded_leaves_are_never_held_and_frozen_ones_have_no_marks():
     kwargs = {"fraction": 0.25, "warmup": 1, "normalizer": "none"}
     state = run(evolving_isolation(adamw(), exclude=("embed", "scale"), **kwargs), 1)[-1][1]
