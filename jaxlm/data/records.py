@@ -101,7 +101,7 @@ def parse(record: Any) -> Parsed:
         if not completion.strip():
             raise BadRecord("empty completion", "completion is empty: there is nothing to learn")
         return Completion(prompt, completion)
-    if record.get("question") is not None:
+    if record.get("question") is not None and record.get("steps") is not None:
         return _planned(record)
     if record.get("text") is not None:
         text = _text(record, "text")

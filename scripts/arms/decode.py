@@ -149,7 +149,7 @@ def table(name: str, arm_names: list[str], *, steps: int, tunix_python: str | No
         for what in ("seconds", "cpu_seconds"):
             pairs = zip(result[what], results[present[0]][what], strict=True)
             ratios[what] = statistics.median(mine / first for mine, first in pairs)
-        wall, cpu = (f"{statistics.median(result[w]):.2f} | {span(result[w])}" for w in ("seconds", "cpu_seconds"))
+        wall, cpu = (f"{statistics.median(result[w]):.3g} | {span(result[w])}" for w in ("seconds", "cpu_seconds"))
         lines.append(
             f"| {arm} | {wall} | {cpu} | {ratios['seconds']:.2f} | {ratios['cpu_seconds']:.2f} "
             f"| {statistics.mean(result['alike']):.4f} | {sum(result['compiled'])} | {result['peak_gib']:.2f} |"
