@@ -203,11 +203,12 @@ class PlanBatches:
     """An endless iterator of batches made of the records that rows name; what it keeps is the records' own state.
 
     Args:
-      layout: how; `early` for the first `early_steps` batches.
+      layout: how.
       tokenizer: that gets the marks.
       record: `(task_id, record_id) -> record`; its `everything()`, where it has one, is looked through once at first.
       describe: `(task_id, record_id) -> place`.
       records: batches of rows with `task_ids`, `segment_ids`, `record_ids`.
+      visible_plan_steps: batches at first whose plans stand as text between the question and `<cap>`.
     Raises: ValueError, before the first batch, for plans that are too long, with their number.
     """
 
