@@ -404,13 +404,10 @@ def test_drift_is_counted_exactly():
 
 @pytest.mark.parametrize("source", ["gradient", "adam_nu"])
 def test_a_model_of_more_entries_than_an_int32_counts_is_traced(source):
-    """Shapes only: nothing of the 3.2 billion entries is ever made."""
     tx = evolving_isolation(optax.adamw(1e-3), fraction=0.3, refresh_every=1, warmup=0, importance_source=source)
     params = {name: {"kernel": jax.ShapeDtypeStruct((40_000, 40_000), jnp.float32)} for name in ("up", "down")}
     state = jax.eval_shape(tx.init, params)
-    updates, after = jax.eval_shape(tx.update, params, state, params)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
-    assert updates["up"]["kernel"].shape == (40_000, 40_000)
+    assert jax.tree.structure(jax.eval_shape(tx.update, params, state, params)[1]) == jax.tree.structure(state)
 
 
 def test_excluded_leaves_are_never_held_and_frozen_ones_have_no_marks():
