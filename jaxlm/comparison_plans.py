@@ -139,7 +139,7 @@ class _Shared:
             if method.has_decoder and method.keep_decoder and method.recon == "tokens":
                 read = plan_scores(method, model, params, PlanEncoder(tokenizer, with_plans(method)), records)
                 numbers |= {f"{name}/{split}": value for name, value in read.items()}
-        numbers |= latencies(sampler, self.questions["chosen_on"], sampling)
+        numbers |= latencies(sampler, method, self.questions["chosen_on"], sampling)
         return numbers, answers
 
 
@@ -179,9 +179,11 @@ def judged(sampler: Sampler, method: RCapsule, records: Sequence[Mapping[str, An
     return Judged(correct, **controls, tokens=visible + method.num_capsules, visible=visible)
 
 
-def latencies(sampler: Sampler, records: Sequence[Mapping[str, Any]], sampling: Sampling) -> dict[str, float]:
+def latencies(
+    sampler: Sampler, method: RCapsule, records: Sequence[Mapping[str, Any]], sampling: Sampling
+) -> dict[str, float]:
     """Seconds an answer, one at a time and with all slots full, after a first call that compiles."""
-    prompts = [str(record["question"]) for record in records][: sampler.num_slots]
+    prompts = [_prompt(method, record) for record in records][: sampler.num_slots]
     one = Sampler(sampler.model, sampler.params, sampler.tokenizer, slots=1, size=sampler.size)
     found = {}
     for name, engine, asked in (("seconds_alone", one, prompts[:1] * 4), ("seconds_full", sampler, prompts)):
