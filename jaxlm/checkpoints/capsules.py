@@ -10,13 +10,12 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from jaxlm.nn.capsule_config import CapsuleConfig, PlanDecoderConfig
-from jaxlm.weights.names import named_leaves
+from jaxlm.weights.names import named_leaves, nested
 
 NUMBERS, LEAVES = "numbers.json", "leaves.safetensors"
 
@@ -71,13 +70,7 @@ def load_capsules(folder: str | os.PathLike[str]) -> Capsules | None:
         cap, end = int(numbers["cap"]), int(numbers["end"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / NUMBERS} is damaged: {error!r}") from error
-    leaves: dict[str, Any] = {}
-    for name, value in load_file(folder / LEAVES).items():
-        *path, last = name.split("/")
-        place = leaves
-        for step in path:
-            place = place.setdefault(step, {})
-        place[last] = jnp.asarray(value)
+    leaves = nested({name: jnp.asarray(x) for name, x in load_file(folder / LEAVES).items()})
     if (decoder is not None) != ("plan_decoder" in leaves):
         raise ValueError(f"{folder / LEAVES} and {NUMBERS} disagree about a plan decoder: save the model again")
-    return Capsules(config, decoder, cap, end, jax.tree.map(jnp.asarray, leaves))
+    return Capsules(config, decoder, cap, end, leaves)

@@ -13,6 +13,7 @@ from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.hope import gap_leaf
 from jaxlm.nn.position_kinds import Hope, Learned
 from jaxlm.nn.positions import alibi_slopes
+from jaxlm.weights.names import nested
 
 
 class Leaf(NamedTuple):
@@ -104,18 +105,14 @@ def decoder_leaves(config: ModelConfig) -> dict[str, Leaf]:
 
 def initialise(leaves: dict[str, Leaf], key: jax.Array) -> dict[str, Any]:
     """A nested dict of float32 arrays.  Each leaf's values depend on `key` and its own path only."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *folders, name = path.split("/")
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        if leaf.spread:
-            leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-            place[name] = leaf.mean + leaf.spread * jax.random.normal(leaf_key, leaf.shape, jnp.float32)
-        else:
-            place[name] = jnp.broadcast_to(jnp.asarray(leaf.mean, jnp.float32), leaf.shape)
-    return tree
+
+    def values(path: str, leaf: Leaf) -> Any:
+        if not leaf.spread:
+            return jnp.broadcast_to(jnp.asarray(leaf.mean, jnp.float32), leaf.shape)
+        leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        return leaf.mean + leaf.spread * jax.random.normal(leaf_key, leaf.shape, jnp.float32)
+
+    return nested({path: values(path, leaf) for path, leaf in leaves.items()})
 
 
 def count(leaves: dict[str, Leaf]) -> int:

@@ -18,6 +18,7 @@ __getattr__, __dir__ = attach(
         "largest": "select",
         "linear": "task_vectors",
         "named_leaves": "names",
+        "nested": "names",
         "num_held": "select",
         "overlap_table": "overlap",
         "path_of": "names",

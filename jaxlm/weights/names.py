@@ -2,7 +2,7 @@
 """Names of parameters: paths joined by "/", and rules over them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,25 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     {'a': 1, 'b/scale': 2}
     """
     return {path_of(key_path): leaf for key_path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of dicts with those leaves: the inverse of `named_leaves`, where a tree has dicts alone.
+
+    Args:
+      leaves: by path; none of the paths lies inside of another one.
+
+    >>> nested({"a": 1, "b/scale": 2})
+    {'a': 1, 'b': {'scale': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *folders, name = path.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = leaf
+    return tree
 
 
 def label_by_path(tree: Any, rules: Rules) -> Any:

@@ -4,12 +4,17 @@
 import jax
 import pytest
 
-from jaxlm.weights.names import label_by_path, label_table, named_leaves
+from jaxlm.weights.names import label_by_path, label_table, named_leaves, nested
 
 TREE = {
     "blocks": {"mlp": {"kernel": jax.ShapeDtypeStruct((2, 8, 8), "float32")}},
     "scale": jax.ShapeDtypeStruct((8,), "float32"),
 }
+
+
+def test_a_tree_is_nested_from_its_named_leaves():
+    assert nested(named_leaves(TREE)) == TREE and nested({}) == {}
+    assert list(nested({"b/c": 1, "a": 2, "b/a": 3})["b"]) == ["c", "a"], "in the order given"
 
 
 def test_the_first_matching_rule_decides():
