@@ -20,36 +20,7 @@ from jaxlm.command import Parser, call
 
 def main() -> int:
     """Reads arguments and prompts, samples, prints."""
-    parser = Parser(description=__doc__)
-    parser.add_argument(
-        "model", help="a Hugging Face folder, .gguf file or run directory; with --server its name there"
-    )
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts; without any, standard input is one")
-    parser.add_argument("--file", help="prompts as JSON Lines")
-    parser.add_argument("--chat", action="store_true", help="a text is what a user says, put into the chat template")
-    parser.add_argument("--system", help="with --chat: the message before it")
-    parser.add_argument("--explain", action="store_true", help="print the plan in each prompt's capsule (r_capsule)")
-    parser.add_argument("--json", action="store_true", help="print JSON Lines, and nothing else, on stdout")
-    how = parser.add_argument_group("sampling")
-    how.add_argument("-n", "--num-samples", type=int, default=1, help="completions of each prompt (default 1)")
-    how.add_argument("--max-tokens", type=int, default=256, help="of a completion (default 256)")
-    how.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token (default 1)")
-    how.add_argument("--top-p", type=float, default=1.0, help="the fewest tokens of this probability (default 1: all)")
-    how.add_argument("--top-k", type=int, help="the most probable so many tokens (default: all)")
-    how.add_argument("--min-p", type=float, default=0.0, help="least probability relative to the best (default 0)")
-    how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a completion; may be repeated")
-    how.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
-    here = parser.add_argument_group("a model on disk")
-    here.add_argument("--slots", type=int, default=16, help="samples that are decoded at once (default 16)")
-    here.add_argument("--size", type=int, help="tokens of prompt and completion together (default: the model's)")
-    here.add_argument("--dtype", default="float32", help="of the computation: float32 or bfloat16")
-    there = parser.add_argument_group("a server")
-    there.add_argument("--server", metavar="URL", help="such as http://127.0.0.1:8000/v1")
-    there.add_argument("--dialect", default="vllm", help="vllm (and scripts/serve.py), sglang or openai (default vllm)")
-    there.add_argument("--key-variable", metavar="NAME", help="environment variable with the server's key")
-    there.add_argument("--concurrency", type=int, default=32, help="requests at a time (default 32)")
-    there.add_argument("--journal", metavar="FILE", help="keep answers; the same command again asks only for the rest")
-    arguments = parser.parse_intermixed_args()
+    arguments = _arguments()
     prompts = _prompts(arguments)
     # Late, because they import jax, and --help must not.
     from jaxlm.generate.engine import Engine, Sampling
@@ -87,13 +58,7 @@ def main() -> int:
 
         engine = open_sampler(arguments.model, slots=arguments.slots, size=arguments.size, dtype=arguments.dtype)
         if arguments.explain:
-            from jaxlm.checkpoints import load_capsules
-            from jaxlm.generate.capsules import explain
-            from jaxlm.generate.from_disk import model_path
-
-            capsules = load_capsules(model_path(arguments.model))
-            decoder = None if capsules is None else capsules.decoder
-            plans = explain(engine.model, engine.params, decoder, engine.tokenizer, prompts)
+            plans = _plans(arguments.model, engine, prompts)
     for i, plan in enumerate(plans if not arguments.json else []):
         print(f"--- plan {i}\n{plan}", flush=True)
     live = len(prompts) == arguments.num_samples == 1 and not arguments.json
@@ -109,6 +74,51 @@ def main() -> int:
         for n, sample in enumerate(samples):
             print(f"--- prompt {i}, sample {n}, {sample.finish_reason}\n{sample.text}")
     return 0
+
+
+def _arguments() -> Any:
+    """What the command line says."""
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "model", help="a Hugging Face folder, .gguf file or run directory; with --server its name there"
+    )
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts; without any, standard input is one")
+    parser.add_argument("--file", help="prompts as JSON Lines")
+    parser.add_argument("--chat", action="store_true", help="a text is what a user says, put into the chat template")
+    parser.add_argument("--system", help="with --chat: the message before it")
+    parser.add_argument("--explain", action="store_true", help="print the plan in each prompt's capsule (r_capsule)")
+    parser.add_argument("--json", action="store_true", help="print JSON Lines, and nothing else, on stdout")
+    how = parser.add_argument_group("sampling")
+    how.add_argument("-n", "--num-samples", type=int, default=1, help="completions of each prompt (default 1)")
+    how.add_argument("--max-tokens", type=int, default=256, help="of a completion (default 256)")
+    how.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token (default 1)")
+    how.add_argument("--top-p", type=float, default=1.0, help="the fewest tokens of this probability (default 1: all)")
+    how.add_argument("--top-k", type=int, help="the most probable so many tokens (default: all)")
+    how.add_argument("--min-p", type=float, default=0.0, help="least probability relative to the best (default 0)")
+    how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a completion; may be repeated")
+    how.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    here = parser.add_argument_group("a model on disk")
+    here.add_argument("--slots", type=int, default=16, help="samples that are decoded at once (default 16)")
+    here.add_argument("--size", type=int, help="tokens of prompt and completion together (default: the model's)")
+    here.add_argument("--dtype", default="float32", help="of the computation: float32 or bfloat16")
+    there = parser.add_argument_group("a server")
+    there.add_argument("--server", metavar="URL", help="such as http://127.0.0.1:8000/v1")
+    there.add_argument("--dialect", default="vllm", help="vllm (and scripts/serve.py), sglang or openai (default vllm)")
+    there.add_argument("--key-variable", metavar="NAME", help="environment variable with the server's key")
+    there.add_argument("--concurrency", type=int, default=32, help="requests at a time (default 32)")
+    there.add_argument("--journal", metavar="FILE", help="keep answers; the same command again asks only for the rest")
+    return parser.parse_intermixed_args()
+
+
+def _plans(model: str, engine: Any, prompts: list[Any]) -> list[str]:
+    """The plan in the capsule of each prompt, by the plan decoder that lies beside the model."""
+    from jaxlm.checkpoints import load_capsules
+    from jaxlm.generate.capsules import explain
+    from jaxlm.generate.from_disk import model_path
+
+    capsules = load_capsules(model_path(model))
+    decoder = None if capsules is None else capsules.decoder
+    return explain(engine.model, engine.params, decoder, engine.tokenizer, prompts)
 
 
 def _say(prompt: int, sample: int, text: str) -> None:
