@@ -5,7 +5,8 @@
   python scripts/train.py configs/r_capsule.py method.num_capsules=4 run.directory=runs/r_capsule_4
   python scripts/generate.py runs/r_capsule --explain --temperature 0 --max-tokens 32 "7: c*3 a+8 b-4="
 
-About five minutes on one core. docs/methods/r_capsule.md compares it with ways to do without a capsule.
+It took about 11 minutes on two CPU cores beside other work. docs/methods/r_capsule.md compares it with ways to do
+without a capsule.
 """
 
 from jaxlm.config import RunConfig
