@@ -28,6 +28,8 @@ def test_a_recipe_is_its_operations_by_key_and_their_values():
             plan.append(entry[1:])
         assert item.plan.split() == plan and item.steps.split() == values and item.answer == values[-1]
         assert 3 <= len(plan) <= 6
+    found = items("recipe", modulus=10)
+    assert any(leaks_answer(item.plan, item.answer) for item in found), "what the question holds too is no leak"
 
 
 def test_spelled_steps_are_plan_and_values_of_the_same_questions():

@@ -118,16 +118,18 @@ def batches(*records, visible=0, **fields):
 def test_the_stream_goes_on_where_it_was_with_the_plan_visible_at_first():
     records = [RECORD | {"question": f"{n}+{n}="} for n in range(5)]
     whole, shown = batches(*records, visible=3).stream, []
-    for step in range(5):
+    for _ in range(5):
         state = whole.get_state()
         batch = next(whole)
         again = batches(*records, visible=3).stream
         again.set_state(state)
         other = next(again)
         assert all(np.array_equal(batch[name], other[name]) for name in batch)
-        shown.append(text_of(batch["tokens"][0, batch["prompt_mask"].shape[1] - 5 : batch["prompt_mask"].shape[1]]))
-        assert (shown[-1] == "\nadd<cap>") == (step < 3)
-    assert len(shown) == 5
+        shown.append(text_of(batch["tokens"][0, : batch["prompt_mask"].shape[1]][batch["prompt_mask"][0]]))
+        assert text_of(batch["plan_tokens"][0, 0, :4]) == "add<|im_end|>" and batch["plan_mask"].sum() == 4
+    assert shown == ["0+0=\nadd<cap>", "1+1=\nadd<cap>", "2+2=\nadd<cap>", "3+3=<cap>", "4+4=<cap>"]
+    unplanned = next(batches({**RECORD, "plan": ""}, visible=3, recon_weight=0.0).stream)
+    assert text_of(unplanned["tokens"][0, :8][unplanned["prompt_mask"][0]]) == "2+2=<cap>", "no plan, no empty line"
 
 
 @pytest.mark.parametrize(

@@ -128,11 +128,14 @@ def test_padding_and_other_rows_change_nothing(left, right):
     np.testing.assert_allclose(logits[:1], plain[1], atol=1e-5)
 
 
-def test_a_row_of_nothing_is_finite_and_has_finite_gradients():
+def test_a_row_of_nothing_stays_empty_is_finite_and_has_finite_gradients():
     params, mask = params_for(CAPSULE), np.array([[True] * 5, [False] * 5])
     total = lambda p: jnp.sum(cached(MODEL, p, PROMPTS, mask, AFTER, CAPSULE)[1][:1])  # noqa: E731
     value, grads = jax.jit(jax.value_and_grad(total))(params)
     assert np.isfinite(value) and all(np.all(np.isfinite(x)) for x in jax.tree.leaves(grads))
+    made = jax.jit(lambda p: capsule_rollout(MODEL, p, PROMPTS, mask, CAPSULE, size=16, page=16))(params)
+    assert made.cache.lengths.tolist() == [6, 0], "the prompt and the first of two embeddings; nothing"
+    assert np.all(np.isfinite(made.capsule)) and np.all(np.isfinite(made.embeddings))
 
 
 def test_a_capsule_depends_on_the_prompt_and_its_own_past_and_text_on_everything():
