@@ -16,7 +16,7 @@ ROWS = (
     ("methods", "evaluation_options"),
     ("config", "evaluation_samples"),
     ("evaluation_metrics",),
-    ("run", "shrink", "evaluation_page"),
+    ("run", "shrink", "plan", "evaluation_page"),
     ("evaluation", "comparison"),
     ("comparison_report", "comparison_lengths", "comparison_plans"),
     ("comparison_page", "comparison_lengths_report", "comparison_plans_report"),

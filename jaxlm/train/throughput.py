@@ -15,17 +15,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.train.chips import CHIPS
+
 # Dense bf16 TFLOP/s of one JAX device, by `device_kind`; the first match counts. Vendors' data sheets.
 PEAK_TFLOPS = (
     (r"TPU v4", 275.0),
-    (r"TPU v5 lite|TPU v5e", 197.0),
-    (r"TPU v5p?", 459.0),
-    (r"TPU v6 lite|TPU v6e", 918.0),
     (r".*A100.*", 312.0),
     (r".*H100 PCIe.*", 756.0),
     (r".*H100 NVL.*", 835.0),
-    (r".*(H100|H200|GH200).*", 989.0),
     (r".*B200.*", 2250.0),
+    *((chip.kinds, chip.tflops) for chip in CHIPS.values()),
 )
 
 
