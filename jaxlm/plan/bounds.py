@@ -41,7 +41,9 @@ def training_flops(outline: Outline, *, executed: bool) -> float:
     return 3 * forward + again
 
 
-def mfu_bounds(outline: Outline, chip: Chip, collectives: Iterable[Collective], *, flops: float) -> Bounds:
+def mfu_bounds(
+    outline: Outline, chip: Chip, collectives: Iterable[Collective], *, flops: float, share: float = 1.0
+) -> Bounds:
     """The bounds.
 
     Args:
@@ -49,10 +51,12 @@ def mfu_bounds(outline: Outline, chip: Chip, collectives: Iterable[Collective], 
       chip: whose published rates are used.
       collectives: of the compiled step; those of branches that not every step takes are left out.
       flops: that one device executes in a step.
+      share: of the collectives' bytes that are sent. The CPU backend sends twice what an accelerator does where the
+        computation is bfloat16: float32 for kernels and activations, and whole gradients where others scatter them.
     """
     compute = flops / (chip.tflops * 1e12)
     rates = {False: chip.link_gb_s * 1e9, True: chip.beyond_gb_s * 1e9}
-    collective = sum(c.count * c.sent / rates[c.leaves(chip.joined)] for c in collectives if not c.sometimes)
+    collective = share * sum(c.count * c.sent / rates[c.leaves(chip.joined)] for c in collectives if not c.sometimes)
     ideal = training_flops(outline, executed=False) / outline.mesh.size / (chip.tflops * 1e12)
     return Bounds(compute, collective, ideal / max(compute, collective), ideal / (compute + collective))
 

@@ -76,7 +76,7 @@ class _Instruction(NamedTuple):
 def read_program(text: str) -> Program:
     """Reads what `compiled.as_text()` gives.
 
-    Raises: ValueError for a text without an entry computation.
+    Raises: ValueError for a text without an entry computation, or with groups in a form that is not known.
 
     >>> text = '''ENTRY %main (x: f32[2,4]) -> f32[8,4] {
     ...   %x = f32[2,4]{1,0} parameter(0)
@@ -87,6 +87,8 @@ def read_program(text: str) -> Program:
     ('all-gather', 128, 96.0, ((0, 1, 2, 3), (4, 5, 6, 7)))
     """
     computations, entry = _computations(text)
+    match = re.search(r"num_partitions=(\d+)", text)
+    devices = int(match[1]) if match else 1
     found: list[Collective] = []
     flops, unknown = 0.0, 0
     waiting = collections.deque([(entry, 1, False)])
@@ -97,7 +99,7 @@ def read_program(text: str) -> Program:
             kind = line.code.removesuffix("-start")
             if kind in KINDS:
                 payload = _payload(kind, line, shapes)
-                found.append(Collective(kind, payload, _groups(line.rest), times, sometimes))
+                found.append(Collective(kind, payload, _groups(line.rest, devices), times, sometimes))
                 continue  # what it applies to pairs of numbers is of no interest
             if line.code == "dot" and not sometimes:
                 flops += times * _product(line, shapes)
@@ -159,16 +161,41 @@ def _payload(kind: str, line: _Instruction, shapes: dict[str, str]) -> int:
     return whole - operands if line.code.endswith("-start") else whole  # a start returns its operands too
 
 
-def _groups(rest: str) -> tuple[tuple[int, ...], ...]:
-    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        shape, sides = ([int(x) for x in match[i].split(",")] for i in (1, 2))
-        devices = np.arange(math.prod(sides)).reshape(sides)
-        if match[3]:
-            devices = devices.transpose([int(x) for x in match[3].split(",")])
-        return tuple(tuple(row) for row in devices.reshape(shape).tolist())
-    match = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", rest)
-    lists = re.findall(r"\{([\d,]+)\}", match[1]) if match else []
-    return tuple(tuple(int(x) for x in one.split(",")) for one in lists)
+def _groups(rest: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """Groups by device, from any of the forms that XLA writes; none given: all devices are one."""
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest):
+        return _rows(_ordered(match[2]).reshape(_numbers(match[1])))
+    if match := re.search(
+        r"replica_groups=mesh\[(?P<axes>[^\]]*)\](?:, device_ids=\((?P<order>[^ ]*)\))? \{(?P<chosen>[^}]*)\}", rest
+    ):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match["axes"])}
+        chosen = [part.strip().strip("'") for part in match["chosen"].split(",")]
+        if not set(chosen) <= set(sizes):
+            raise ValueError(f"cannot read the groups of a collective: {match[0]}; add the form to jaxlm/plan/hlo.py")
+        order = _ordered(match["order"] or f"[{math.prod(sizes.values())}]").reshape(list(sizes.values()))
+        places = [list(sizes).index(name) for name in chosen]
+        moved = np.moveaxis(order, places, range(-len(places), 0))
+        return _rows(moved.reshape(-1, math.prod(sizes[name] for name in chosen)))
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", rest):
+        return tuple(tuple(_numbers(one)) for one in re.findall(r"\{([\d,]+)\}", match[1]))
+    if "replica_groups={}" in rest or "replica_groups" not in rest:
+        return (tuple(range(devices)),)
+    raise ValueError(f"cannot read the groups of a collective: {rest[:200]}; add the form to jaxlm/plan/hlo.py")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(x) for x in text.split(",") if x]
+
+
+def _ordered(text: str) -> np.ndarray:
+    """`[4,2]T(1,0)`: the devices 0 .. 7, laid out [4, 2] and transposed."""
+    sides, _, order = text.removeprefix("[").partition("]")
+    devices = np.arange(math.prod(_numbers(sides))).reshape(_numbers(sides))
+    return devices.transpose(_numbers(order.removeprefix("T(").removesuffix(")"))) if order else devices
+
+
+def _rows(groups: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(row) for row in groups.tolist())
 
 
 def _product(line: _Instruction, shapes: dict[str, str]) -> float:

@@ -112,12 +112,17 @@ def compiled_text(outline: Outline, compiled: Compiled, chips: Mapping[str, Chip
         f"  FLOPs of a step on each device: {program.flops:.3g} in the program, {flops:.3g} by the model's shape",
         *_collective_lines(program),
     ]
-    for name, chip in chips.items():
-        bounds = mfu_bounds(outline, chip, program.collectives, flops=flops)
-        lines.append(
-            f"  {name}: products {1e3 * bounds.compute:.0f} ms, collectives {1e3 * bounds.collective:.0f} ms; "
-            f"MFU at most {100 * bounds.overlapped:.0f} % overlapped, {100 * bounds.apart:.0f} % one after the other"
-        )
+    shares = {"as compiled": 1.0}
+    if outline.model.config.dtype == "bfloat16":
+        shares["half of the bytes: bfloat16 sent, gradients scattered, as accelerators do"] = 0.5
+    for what, share in shares.items():
+        lines.append(f"  bounds from published rates, {what}")
+        for name, chip in chips.items():
+            bounds = mfu_bounds(outline, chip, program.collectives, flops=flops, share=share)
+            lines.append(
+                f"    {name}: products {1e3 * bounds.compute:.0f} ms, collectives {1e3 * bounds.collective:.0f} ms; "
+                f"MFU at most {100 * bounds.overlapped:.0f} % overlapped, {100 * bounds.apart:.0f} % in turns"
+            )
     return "\n".join(lines)
 
 
