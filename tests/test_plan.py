@@ -260,6 +260,12 @@ def test_a_70b_plan_allocates_nothing():
     assert grown < 2**20, f"{grown / 2**20:.1f} GiB"  # ru_maxrss counts KiB
 
 
+def test_isolation_of_more_entries_than_an_int32_counts_is_planned():
+    epi = make_config(method=Epi(importance_source="adam_nu"), rows=8, length=128, mesh=FSDP)
+    memory = estimate(make_outline(epi, num_devices=8, shape="llama-8b"))
+    assert 2**31 < 8 * memory.parameters // 4 < 8 * memory.isolation
+
+
 def test_the_script_plans_and_tells_by_its_exit_code():
     command = [
         sys.executable,
