@@ -1,7 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny decoder, a stream of packed rows of unequal lengths, and a count of compilations."""
+"""A tiny decoder, a stream of packed rows of unequal lengths, a count of compilations, and pods of processes."""
 
 import contextlib
+import json
+import os
+import pathlib
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 import types
 
 import jax
@@ -167,3 +177,73 @@ def tiny():
         compiled=COMPILED, make_batch=make_batch, mesh=mesh_of, on_device=on_device, phase=make_phase, Rows=Rows,
         shapes=shapes, start=start, State=State,
     )  # fmt: skip
+
+
+class Pods:
+    """Starts the processes of pods, children of one that has imported everything (pods.py); hears how they end."""
+
+    def __init__(self):
+        script = pathlib.Path(__file__).with_name("pods.py")
+        self.process = subprocess.Popen(
+            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONPATH": str(script.parents[2]), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        )  # fmt: skip
+        self.started: queue.Queue[int] = queue.Queue()
+        self.codes: dict[int, int] = {}
+        self.ended = threading.Condition()
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            word, pid, *code = line.split()
+            if word == "started":
+                self.started.put(int(pid))
+                continue
+            with self.ended:
+                self.codes[int(pid)] = int(code[0])
+                self.ended.notify_all()
+
+    def start(self, folder, job, *, count=2, each=(), variables=True, **told):
+        """Process ids and files of what they say; `each` has what only some are told, by process."""
+        port = free_port()
+        pod = []
+        for process in range(count):
+            names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+            env = dict(zip(names, (f"127.0.0.1:{port}", str(count), str(process)), strict=True)) if variables else {}
+            out = pathlib.Path(folder) / f"said-{process}"
+            line = {"job": job, "process": process, "out": str(out), "folder": str(folder), "env": env} | told
+            self.process.stdin.write(json.dumps(line | dict(each).get(process, {})) + "\n")
+            self.process.stdin.flush()
+            pod.append((self.started.get(timeout=300), out))
+        return pod
+
+    def wait(self, pod, seconds=120):
+        """Exit codes, minus the signal of those killed; and what each said."""
+        end = time.monotonic() + seconds
+        with self.ended:
+            for pid, _ in pod:
+                self.ended.wait_for(lambda pid=pid: pid in self.codes, max(0.0, end - time.monotonic()))
+        for pid, _ in pod:
+            if pid not in self.codes:
+                os.kill(pid, signal.SIGKILL)
+        return [self.codes.get(pid) for pid, _ in pod], [out.read_text() for _, out in pod]
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(60)
+        self.reader.join()
+        self.process.stdout.close()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def pods():
+    pods = Pods()
+    yield pods
+    pods.close()
