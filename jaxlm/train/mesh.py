@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,7 +34,10 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 def make_mesh(options: MeshOptions, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes data, fsdp and tensor over all devices of all processes, or over `devices`.
 
-    Raises: ValueError when the axes do not multiply to the number of devices.
+    It is laid out by topology: neighbours along tensor, then along fsdp, lie on one host or slice wherever they fit
+    there, and data goes across.
+
+    Raises: ValueError when the axes do not multiply to the number of devices, or cannot be cut where slices end.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {name: getattr(options, name) for name in AXES}
@@ -47,7 +52,68 @@ def make_mesh(options: MeshOptions, *, devices: Sequence[jax.Device] | None = No
             f"the mesh {wanted} needs {'a multiple of ' if '-1' in wanted else ''}{fixed} devices, but there are "
             f"{len(devices)}: change mesh.data, mesh.fsdp or mesh.tensor, or set one of them to -1"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(AXES)
+    if len({slice_of(device) for device in devices}) == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    return Mesh(across_and_inside(shape, devices), AXES, axis_types=types)
+
+
+def across_and_inside(shape: Sequence[int], devices: Sequence[jax.Device], *, by_process: bool = False) -> np.ndarray:
+    """Devices of several slices in the shape of a mesh, which `jax.make_mesh` refuses.
+
+    Args:
+      shape: devices along each of AXES.
+      devices: as many.
+      by_process: take a process for a slice.
+    """
+    slices = len({device.process_index if by_process else slice_of(device) for device in devices})
+    across = across_slices(shape, slices)
+    inside = tuple(size // outer for size, outer in zip(shape, across, strict=True))
+    # As jax.make_mesh decides for one slice: on these chips an axis may take a part of a ring.
+    split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, across, devices, process_is_granule=by_process, allow_split_physical_axes=split
+    )
+
+
+def slice_of(device: jax.Device) -> int:
+    """Which slice a device belongs to: those of one are joined by fast links. Of GPUs a host is one."""
+    return getattr(device, "slice_index", None) or 0
+
+
+def across_slices(shape: Sequence[int], slices: int) -> tuple[int, ...]:
+    """How many of each axis's parts lie across slices: of the first axes as many as possible.
+
+    Raises: ValueError when the axes do not divide the slices among them.
+
+    >>> across_slices((8, 4, 1), 4), across_slices((2, 8, 1), 4)
+    ((4, 1, 1), (2, 2, 1))
+    """
+    left, across = slices, []
+    for size in shape:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    if left > 1:
+        wanted = ", ".join(f"{name}={size}" for name, size in zip(AXES, shape, strict=True))
+        raise ValueError(
+            f"the mesh {wanted} cannot be cut into {slices} slices, as the devices are: make mesh.data a multiple of "
+            f"{slices}, or set it to -1"
+        )
+    return tuple(across)
+
+
+def reach(mesh: Mesh) -> dict[str, str]:
+    """How far the neighbours along each mesh axis lie apart: "process", "slice" or "slices"; 1 device: "process"."""
+    found = {}
+    for number, axis in enumerate(mesh.axis_names):
+        lines = np.moveaxis(mesh.devices, number, -1).reshape(-1, mesh.shape[axis])
+        if all(len({device.process_index for device in line}) == 1 for line in lines):
+            found[axis] = "process"
+        else:
+            found[axis] = (
+                "slice" if all(len({slice_of(device) for device in line}) == 1 for line in lines) else "slices"
+            )
+    return found
 
 
 def spec(names: Sequence[str | None]) -> P:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mesh: sizes that fit the devices, and a place for every parameter."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.train.mesh import check_rows, constrainer, make_mesh, shardings, spec
+from jaxlm.train.mesh import across_slices, check_rows, constrainer, make_mesh, reach, shardings, spec
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.options import AdamW, MeshOptions
 from jaxlm.train.state import state_shardings
@@ -69,6 +71,30 @@ def test_the_constrainer_divides_rows():
     assert {s.data.shape for s in x.addressable_shards} == {(1, 4, 2)}
     one = make_mesh(MeshOptions(), devices=jax.devices()[:1])
     assert constrainer(one)(x, ("batch", "length", "embed")) is x
+
+
+def test_slices_take_the_first_axes():
+    assert across_slices((4, 8, 2), 4) == (4, 1, 1)
+    assert across_slices((6, 8, 2), 4) == (2, 2, 1)
+    assert across_slices((1, 1, 8), 2) == (1, 1, 2)
+    with pytest.raises(
+        ValueError, match=r"data=6, fsdp=1, tensor=1 cannot be cut into 4 slices.* mesh.data a multiple"
+    ):
+        across_slices((6, 1, 1), 4)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_neighbours_along_fsdp_lie_on_one_process_wherever_they_fit(pods, tmp_path, count):
+    codes, said = pods.wait(pods.start(tmp_path, "layout", count=count, devices=8 // count), 240)
+    assert codes == [0] * count, said
+    for sizes, (places, far, as_slices) in json.loads((tmp_path / "layout.json").read_text()).items():
+        fsdp, tensor = map(int, sizes.split(","))
+        fits = fsdp * tensor <= 8 // count
+        assert all(len(set(line)) == 1 for line in places) == fits, (sizes, places)
+        assert not fits or far["fsdp"] == far["tensor"] == "process"
+        assert as_slices, "where a process is a slice, the mesh is the same one"
+        assert far["data"] == ("slice" if fsdp * tensor < 8 else "process")
+    assert reach(make_mesh(MeshOptions(fsdp=2))) == {"data": "process", "fsdp": "process", "tensor": "process"}
 
 
 @pytest.mark.parametrize(
