@@ -89,7 +89,8 @@ def across_slices(shape: Sequence[int], slices: int) -> tuple[int, ...]:
     >>> across_slices((8, 4, 1), 4), across_slices((2, 8, 1), 4)
     ((4, 1, 1), (2, 2, 1))
     """
-    left, across = slices, []
+    left = slices
+    across: list[int] = []
     for size in shape:
         across.append(math.gcd(size, left))
         left //= across[-1]

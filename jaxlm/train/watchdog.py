@@ -30,6 +30,7 @@ from jaxlm.train.stop import EXIT_CODE, Preempted
 PATIENT = 10  # times run.step_timeout, for all that is no update: compiling, evaluating, saving, preparing data
 STEPS = ("batch", "update")  # where run.step_timeout itself counts
 SILENT = 120.0  # seconds without a heartbeat after which a process counts as lost, unless run.step_timeout is shorter
+LENGTH = 512  # bytes of a heartbeat, spaces included
 USER_ERROR = 2  # of an error that the user can mend, as in jaxlm.command
 LOST = "lost, killed or stopped"
 LEFT = ("done", "failed")  # places of a process whose silence is in order
@@ -87,15 +88,20 @@ class Watch:
         self.beat()
 
     def beat(self) -> None:
-        """Writes the heartbeat. A disk that fails is the business of who saves on it."""
+        """Writes the heartbeat, over the last one: a full disk must not make this process look dead."""
         if self._folder is None:
             return
         self._number += 1
         place, step = self.doing
         said = {"token": self._token, "number": self._number, "place": place, "step": step, "pid": os.getpid()}
         said |= {"host": socket.gethostname(), "for": round(time.monotonic() - self._since, 1), "time": time.time()}
-        with contextlib.suppress(OSError):
-            (self._folder / f"{self._process}.json").write_text(json.dumps(said) + "\n")
+        text = json.dumps(said).ljust(LENGTH - 1) + "\n"
+        with contextlib.suppress(OSError):  # it is the business of who saves there
+            file = os.open(self._folder / f"{self._process}.json", os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                os.pwrite(file, text.encode(), 0)
+            finally:
+                os.close(file)
 
     def heard(self, process: int) -> dict[str, Any] | None:
         """The last heartbeat of a process; None if there is none of this start, or it is being rewritten."""
