@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "mesh",
     "prepared",
     "run.bad_checkpoint",
+    "run.compile_cache",
     "run.directory",
     "run.evaluate_every",
     "run.keep_best",
@@ -36,6 +37,8 @@ MAY_CHANGE = (
     "run.micro_batches",
     "run.peak_tflops",
     "run.save_every",
+    "run.save_retries",
+    "run.step_timeout",
     "run.steps",
 )
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxlm import checkpoints
 from jaxlm.config import Pretrained, RunConfig, claim_directory
+from jaxlm.config import flat as flat_config
 from jaxlm.data.preparation import prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.data.sources import Records
@@ -26,13 +27,16 @@ from jaxlm.generate.sampler import Sampler
 from jaxlm.nn.axes import logical_axes
 from jaxlm.nn.decoder import Model
 from jaxlm.nn.flops import model_flops
+from jaxlm.train.agreement import agree, facts, summary_page, together
 from jaxlm.train.job import Job
+from jaxlm.train.launch import keep_programs
 from jaxlm.train.mesh import check_rows, constrainer, make_mesh, row_devices, shardings
 from jaxlm.train.page import write_page
 from jaxlm.train.phase import Params
 from jaxlm.train.reporter import SILENT, Reporter, RunReporter
 from jaxlm.train.scores import Scores
 from jaxlm.train.throughput import peak
+from jaxlm.train.watchdog import watching
 
 _DECIDE_ROWS = ("length", "packing", "prompts", "on_bad", "on_long")  # fields of DataConfig; sources may be elsewhere
 
@@ -62,14 +66,34 @@ def run(config: RunConfig) -> Result:
     Raises: ValueError for anything in the config that cannot work, before anything is compiled;
       `jaxlm.train.Preempted` after a SIGTERM, with the state saved.
     """
+    if config.run.compile_cache:
+        keep_programs(config.run.compile_cache)
+    hosts = agree(
+        facts() | {f"config {path}": value for path, value in flat_config(config).items()},
+        remedy="Install the same code everywhere, start every process with the same arguments, and use equal hosts",
+    )
     directory = pathlib.Path(config.run.directory) if config.run.directory else None
     first = jax.process_index() == 0
     if directory is not None:
-        claim_directory(config, write=first)
+        together("claiming run.directory", lambda: claim_directory(config, write=first))
     mesh = make_mesh(config.mesh)
     check_rows(mesh, config.run.batch_size, config.run.micro_batches)
+    if first and len(hosts) > 1:
+        print(summary_page(mesh, config.run, hosts), flush=True)
+    with watching(directory, config.run.step_timeout) as watch:
+        return _run(config, mesh, directory, watch)
+
+
+def _run(config: RunConfig, mesh: Mesh, directory: pathlib.Path | None, watch: Any) -> Result:
+    """What `run` does once all processes are one."""
+    first = jax.process_index() == 0
+    watch.at("prepare")
     tokenizer = load_tokenizer(config)
-    train_rows, test_rows = open_data(config, tokenizer)
+    train_rows, test_rows = together("opening the data", lambda: open_data(config, tokenizer))
+    agree(
+        {"training data": train_rows.key, "held-out data": test_rows.key},
+        remedy="Copy the same source files and the same tokenizer to every host, or prepare once and set prepared=",
+    )
     model, params = load_model(config, mesh, vocabulary=train_rows.vocab_size)
     if first:
         print(train_rows.summary(), flush=True)
@@ -79,15 +103,18 @@ def run(config: RunConfig) -> Result:
     job = make_job(config, mesh, model, params, train_rows, test_rows, reporter, scores)
     try:
         summary = _read_summary(directory)
+        watch.at("evaluate")
         if "before" not in summary:
             summary = {"before": job.score("before", model, params, step=0)}
             _write_summary(directory, summary, write=first)
         trained = config.method.run(job)
+        watch.at("evaluate")
         if summary.get("steps") != config.run.steps:
             summary |= {"after": score_after(job, trained, steps=total), "steps": config.run.steps}
             _write_summary(directory, summary, write=first)
     finally:
         reporter.close()
+    watch.at("export")
     if directory is not None:
         _export(directory / "model", model, trained, tokenizer, config.method, write=first)
         if first:

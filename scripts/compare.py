@@ -45,6 +45,9 @@ def main() -> int:
 def _parts_of(comparison: Any) -> tuple[Callable[..., None], Callable[[Any], tuple[str, Path | None]]]:
     """What trains a comparison of its kind, and what makes its table and its page."""
     # Late, because they import jax, and --help must not.
+    from jaxlm.train.launch import alone
+
+    alone("a comparison is one process, or several with a --part each")
     if isinstance(comparison, LengthComparison):
         from jaxlm.comparison_lengths import compare_lengths
         from jaxlm.comparison_lengths_page import write_length_comparison

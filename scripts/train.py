@@ -5,6 +5,8 @@
   python scripts/train.py configs/quickstart.py run.steps=100 data.tasks.0.weight=2
 
 The same command again resumes the run where it stopped. A run stopped by SIGTERM saves first and exits with code 75.
+Started once a host by a scheduler, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set, the
+processes are one run: docs/training.md, "Many hosts".
 """
 
 import json
@@ -29,13 +31,17 @@ def main() -> int:
     # Late, because they import jax, and --help must not.
     import jax
 
-    from jaxlm.evaluation import comparison
-    from jaxlm.run import run
-    from jaxlm.train.loop import Preempted
+    from jaxlm.train.launch import NotConnected, connect
+    from jaxlm.train.stop import Preempted
 
     try:
+        connect(watched=config.run.step_timeout > 0)
+
+        from jaxlm.evaluation import comparison  # once connected: no import may touch a device before
+        from jaxlm.run import run
+
         result = run(config)
-    except Preempted as stopped:
+    except (Preempted, NotConnected) as stopped:
         print(f"stopped: {stopped}; the same command goes on", file=sys.stderr)
         return TRY_AGAIN
     if jax.process_index() == 0:

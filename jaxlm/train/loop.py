@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxlm.checkpoints.runs import RunCheckpoints, leaves_of
 from jaxlm.nn.axes import logical_axes
+from jaxlm.train.agreement import gather, together
 from jaxlm.train.interval import Interval, check_update, records_of
 from jaxlm.train.mesh import check_rows, rows, shardings
 from jaxlm.train.optimizer import rescheduled
@@ -25,8 +26,10 @@ from jaxlm.train.program import program
 from jaxlm.train.reporter import SILENT, Reporter
 from jaxlm.train.state import State, make_state, state_shardings
 from jaxlm.train.stop import Notice, Preempted
+from jaxlm.train.watchdog import watching
 
 HOST_ONLY = ("record_ids",)  # what stays off the devices
+PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds after a save that failed: the first, doubled each time, and the longest
 
 
 def train(
@@ -85,33 +88,37 @@ def train(
             config=config,
             bad_checkpoint=options.bad_checkpoint,
         )
-    begin = time.perf_counter()
-    restored = saves.restore(likes) if saves else None
-    state = restored.state if restored else make()
-    at = restored.step if restored else first
-    if at > last:
-        raise ValueError(f"stage {stage!r} stands at step {at}, beyond the {last} asked for: use another directory")
-    if at == last:  # what later stages have reported stays
-        if saves:
-            saves.close()
-        return state
-    reporter.rewind(at)
-    if restored:
-        reporter.event("restore", step=at, stage=stage, seconds=time.perf_counter() - begin)
-        state = state._replace(opt_state=rescheduled(state.opt_state, phase.tx, state.params))
-    run = _Run(phase, stage, state, at, last, options, mesh, likes, saves, reporter, describe)
-    so_far = {name: restored.data_state[name] for name in ("tokens", "trained_tokens")} if restored else {}
-    run.interval = Interval(task_names, **so_far)
-    run.open(records, restored.data_state["stream"] if restored else None)
-    try:
-        with Notice() as notice:
-            while run.step < last:
-                run.update()
-                run.after(evaluate, notice)
-    finally:
-        if saves:
-            saves.close()
-    return run.state
+    with watching(options.directory, options.step_timeout) as watch:
+        watch.at("restore", first)
+        begin = time.perf_counter()
+        restored = saves.restore(likes) if saves else None
+        state = restored.state if restored else make()
+        at = restored.step if restored else first
+        if at > last:
+            raise ValueError(f"stage {stage!r} stands at step {at}, beyond the {last} asked for: use another directory")
+        if at == last:  # what later stages have reported stays
+            if saves:
+                saves.close()
+            return state
+        reporter.rewind(at)
+        if restored:
+            reporter.event("restore", step=at, stage=stage, seconds=time.perf_counter() - begin)
+            state = state._replace(opt_state=rescheduled(state.opt_state, phase.tx, state.params))
+        run = _Run(phase, stage, state, at, last, options, mesh, likes, saves, reporter, describe)
+        so_far = {name: restored.data_state[name] for name in ("tokens", "trained_tokens")} if restored else {}
+        run.watch = watch
+        run.interval = Interval(task_names, **so_far)
+        run.open(records, restored.data_state["stream"] if restored else None)
+        try:
+            with Notice() as notice:
+                while run.step < last:
+                    run.update()
+                    run.after(evaluate, notice)
+        finally:
+            watch.at("close")  # a save in the background may still be on its way
+            if saves:
+                saves.close()
+        return run.state
 
 
 def plan(
@@ -171,6 +178,7 @@ class _Run:
     """What one call of `train` carries around."""
 
     interval: Interval
+    watch: Any
     batches: Iterator
     stream: Any
 
@@ -201,6 +209,7 @@ class _Run:
 
     def update(self) -> None:
         """Takes a batch, starts an update, reads the metrics of those that are done."""
+        self.watch.at("batch", self.step + 1)
         try:
             batch = next(self.batches)
         except StopIteration as error:
@@ -211,7 +220,9 @@ class _Run:
                 raise ValueError(f"batch[{name!r}] has {value.shape[0]} rows, expected {local} on each process")
         arrays = {name: self.place(value) for name, value in batch.items() if name not in HOST_ONLY}
         step = self.step + 1
+        self.watch.at("compile" if self.program.is_new(arrays) else "update", step)
         self.state, metrics = self.program(self.state, arrays, self.compiled)
+        self.watch.at("update")
         self.step = step
         self.unread.append((step, metrics, batch))
         self.read(self.ahead)
@@ -234,8 +245,13 @@ class _Run:
             if not self.ahead:
                 jax.block_until_ready(self.state)
             metrics = jax.device_get(metrics)
-            check_update(step, metrics, functools.partial(records_of, batch, self.describe))
+            check_update(step, metrics, functools.partial(self.records, batch))
             self.interval.add(metrics)
+
+    def records(self, batch: Mapping[str, Any]) -> str:
+        """The records of an update that went wrong, those of all processes: what is wrong with it, all of them see."""
+        told = gather({"records": records_of(batch, self.describe)})
+        return ", ".join(dict.fromkeys(one["records"] for one in told))
 
     def after(self, evaluate: Callable | None, notice: Notice) -> None:
         """Whatever is due after an update: report, evaluation, save, stop. In this order, so that what was reported
@@ -270,6 +286,7 @@ class _Run:
     def evaluate(self, evaluate: Callable[[Params], Mapping[str, float]]) -> Mapping[str, float]:
         """Held-out metrics of the parameters as they are."""
         self.read(0)
+        self.watch.at("evaluate")
         begin = time.perf_counter()
         metrics = evaluate(self.state.params)
         if self.options.keep_best and self.options.keep_best not in metrics:
@@ -281,9 +298,34 @@ class _Run:
     def save(self, metrics: Mapping[str, float], *, background: bool) -> None:
         """Saves the state, known to be finite."""
         self.read(0)
+        self.watch.at("save")
         stream = self.stream.get_state()
         tokens, trained = self.interval.total_tokens, self.interval.trained_tokens
         data_state = {"stream": stream, "tokens": tokens, "trained_tokens": trained}
-        seconds = self.saves.save(self.step, self.state, data_state=data_state, metrics=metrics, background=background)
+        begin = time.perf_counter()
+        try:
+            together("writing the save before", self.saves.wait)
+        except OSError as error:  # its arrays are gone: this save takes its place
+            self.reporter.event("save_failed", step=self.step, error=str(error))
+            background = False
+        self.try_to_save(data_state, metrics, background=background)
+        seconds = time.perf_counter() - begin
         self.interval.leave_out(seconds)
         self.reporter.event("save", step=self.step, seconds=seconds)
+
+    def try_to_save(self, data_state: Any, metrics: Mapping[str, float], *, background: bool) -> None:
+        """Saves, again and again with longer pauses where it fails; all processes alike, whichever of them failed."""
+        for tries in range(1, self.options.save_retries + 2):
+            save = functools.partial(
+                self.saves.save, self.step, self.state, data_state=data_state, metrics=metrics, background=background
+            )
+            try:
+                together("saving", save)
+            except OSError as error:
+                if tries > self.options.save_retries:
+                    raise OSError(f"{error} (tried {tries} times, see run.save_retries)") from error
+                self.reporter.event("save_failed", step=self.step, error=str(error))
+                time.sleep(min(PAUSE * 2 ** (tries - 1), MAX_PAUSE))
+                background = False
+            else:
+                return

@@ -29,6 +29,9 @@ class RunOptions:
     keep_last: int = 2  # checkpoints kept
     keep_best: str = ""  # an evaluation metric (lower is better) whose best checkpoint is kept too, such as "loss"
     bad_checkpoint: Literal["refuse", "previous"] = "refuse"  # when the newest checkpoint cannot be read
+    save_retries: int = 3  # tries after a save that failed, with 1, 2, 4 ... seconds between them
+    step_timeout: float = 3600.0  # seconds of one update after which a hanging run ends; elsewhere ten times; 0: never
+    compile_cache: str = ""  # a folder of compiled programs, shared by processes and runs; "": what jax is set to
     peak_tflops: float | None = None  # of one device, for MFU; None: known device kinds, else measured
 
 

@@ -23,12 +23,20 @@ class Program:
 
     def __call__(self, state: State, batch: Batch, on_compile: Callable[[float], None]) -> tuple[State, Metrics]:
         """One update; `on_compile` hears the seconds when a new shape came."""
-        shape = tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items()))
+        shape = _shape(batch)
         if shape not in self._compiled:
             begin = time.perf_counter()
             self._compiled[shape] = self._step.lower(state, batch).compile()
             on_compile(time.perf_counter() - begin)
         return self._compiled[shape](state, batch)
+
+    def is_new(self, batch: Batch) -> bool:
+        """Whether an update with this batch compiles first."""
+        return _shape(batch) not in self._compiled
+
+
+def _shape(batch: Batch) -> Any:
+    return tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items()))
 
 
 def program(phase: Phase, *, mesh: jax.sharding.Mesh, shardings: State, num_parts: int) -> Program:
