@@ -319,7 +319,7 @@ def _fail(watch: Watch, error: Exception) -> None:
         watch.end(f"a collective broke off in {place!r} at step {step} ({first})", blame)
     code = USER_ERROR if isinstance(error, ValueError | OSError | ImportError) else 1
     me = f"process {jax.process_index()} ({socket.gethostname()})"
-    verdict = watch.tell(f"an error on {me} in {place!r} at step {step}: {first}", code)
+    verdict = watch.tell(f"an error on {me} at step {step}: {first}", code)
     if not watch.all_failed():  # jax would wait for the others on the way out, and then abort
         traceback.print_exception(error)
         watch.leave(verdict)

@@ -85,7 +85,7 @@ def test_a_process_that_hangs_is_named_by_all_with_its_stack(pods, tmp_path):
 def test_an_error_of_one_process_ends_the_others_too(pods, tmp_path):
     codes, said = pods.wait(pods.start(tmp_path, "train", deed="raise", timeout=TIMEOUT), ENOUGH)
     assert codes == [2, 2], said
-    expected = r"an error on process 1 \(.+\) in 'close' at step 4: this record is no record"
+    expected = r"an error on process 1 \(.+\) at step 4: this record is no record"
     assert all(re.match(expected, verdict(text)) for text in said), said
 
 
