@@ -136,7 +136,9 @@ class Watch:
                 if said is not None and (said["number"] != number or said["place"] in LEFT):
                     number, changed = said["number"], now
                 if now - changed > self.silent:
-                    self.end(f"nothing was heard of process {following} for {now - changed:.0f} s")
+                    if (blame := self.blame()).startswith(LOST):
+                        self.end(f"nothing was heard of process {following} for {now - changed:.0f} s", blame)
+                    changed = time.monotonic()  # a machine that is very busy: it came back
             limit = self._timeout * (1 if place in STEPS else PATIENT)
             if now - self._since > limit:
                 self.end(f"no end of {place!r} at step {step} within {limit:g} s (run.step_timeout {self._timeout:g})")
