@@ -60,6 +60,8 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
+            if process == 0:
+                (self._folder / "verdict.json").unlink(missing_ok=True)
         if self._stacks is not None:
             (self._stacks / f"stacks-{process}.txt").unlink(missing_ok=True)
         self.beat()
@@ -169,13 +171,17 @@ class Watch:
         if self._folder is None:
             return verdict
         path = self._folder / "verdict.json"
-        if earlier := self._read(path):
-            return earlier
-        part = self._folder / f"verdict-{self._process}.part"
-        with contextlib.suppress(OSError):
-            part.write_text(json.dumps(verdict) + "\n")
-            part.replace(path)
-        return self._read(path) or verdict  # two may have known at once: the later one's is there
+        try:
+            with path.open("x") as file:  # two may know at once, and one sentence is to be said
+                file.write(json.dumps(verdict) + "\n")
+        except FileExistsError:
+            for _ in range(10):  # it may still be being written
+                if earlier := self._read(path):
+                    return earlier
+                time.sleep(self.every / 4)
+        except OSError:  # nobody else will know; a full disk must not keep this one from ending
+            pass
+        return verdict
 
     def _follow(self, verdict: Mapping[str, Any]) -> None:
         """Another process ended the run. If this one meets the same error, it comes out by itself."""

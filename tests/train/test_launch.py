@@ -91,11 +91,11 @@ from jaxlm.nn import ModelConfig
 from jaxlm.train import AdamW, RunOptions
 
 def get_config():
-    source = JsonLines(path="records.jsonl")
+    train, test = JsonLines(path="train.jsonl"), JsonLines(path="test.jsonl")
     return RunConfig(
         model=ModelConfig(vocab_size=320, width=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_width=16),
         tokenizer="bytes",
-        data=DataConfig(tasks=(Task(name="copy", train=source, test=source),), length=32),
+        data=DataConfig(tasks=(Task(name="copy", train=train, test=test),), length=32),
         method=Sft(optimizer=AdamW(learning_rate=1e-2)),
         run=RunOptions(steps=2, batch_size=4, directory="run", step_timeout=60.0),
     )
@@ -105,8 +105,9 @@ def get_config():
 def write(folder, name="copy"):
     folder.mkdir(exist_ok=True)
     (folder / "config.py").write_text(CONFIG)
-    lines = [{"prompt": f"{name} {i}=", "completion": str(i)} for i in range(8)]
-    (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [json.dumps({"prompt": f"{name} {i}=", "completion": str(i)}) + "\n" for i in range(12)]
+    for split, some in (("train", lines[:8]), ("test", lines[8:])):
+        (folder / f"{split}.jsonl").write_text("".join(some))
     return folder
 
 
