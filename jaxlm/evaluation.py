@@ -27,6 +27,7 @@ from jaxlm.rewards.matching import ExactMatch, NormalisedMatch
 from jaxlm.rewards.mathematics import MathMatch
 from jaxlm.rewards.numeric import NumericMatch
 from jaxlm.run import answerer, load_model, load_tokenizer, open_data
+from jaxlm.train.feeding import own_rows
 from jaxlm.train.held_out import evaluate, score_windows, suited
 from jaxlm.train.mesh import check_rows, make_mesh
 
@@ -271,8 +272,7 @@ def _evaluate(config: RunConfig, lengths: Sequence[int]) -> dict[str, float]:
     batches = finite_batches(
         rows,
         batch_size=config.run.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        part=own_rows(mesh, config.run.batch_size),
     )
     metrics = evaluate(model, params, batches, config.data.task_names, mesh)
     for task in config.data.tasks if lengths else ():

@@ -5,10 +5,11 @@ import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
@@ -18,7 +19,7 @@ from jaxlm.config import flat as flat_config
 from jaxlm.data.preparation import prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.data.sources import Records
-from jaxlm.data.stream import batches, finite_batches
+from jaxlm.data.stream import BatchStream, batches, finite_batches
 from jaxlm.data.tokenizers import byte_tokenizer, digest
 from jaxlm.evaluation_metrics import flat, measure
 from jaxlm.evaluation_samples import Answered, answer, end_tokens, read_questions
@@ -28,6 +29,7 @@ from jaxlm.nn.axes import logical_axes
 from jaxlm.nn.decoder import Model
 from jaxlm.nn.flops import model_flops
 from jaxlm.train.agreement import agree, facts, summary_page, together
+from jaxlm.train.feeding import own_rows
 from jaxlm.train.job import Job
 from jaxlm.train.launch import keep_programs
 from jaxlm.train.mesh import check_rows, constrainer, make_mesh, row_devices, shardings
@@ -133,22 +135,31 @@ def make_job(
     scores: Scores,
 ) -> Job:
     """What the config's method is handed: its data as streams, its model, its means to train and to report."""
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+    def part(size: int) -> np.ndarray | None:
+        return own_rows(mesh, size) if jax.process_count() > 1 else None
+
+    def stream(
+        tasks: Sequence[str] | None = None, weights: Mapping[str, float] | None = None, rows: int = 0, whole=False
+    ) -> BatchStream:
+        size = rows or config.run.batch_size
+        return batches(
+            train_rows,
+            batch_size=size,
+            seed=config.run.seed,
+            tasks=tasks,
+            weights=config.data.weights if weights is None else weights,
+            part=None if whole else part(size),
+        )
+
     return Job(
         model=model,
         params=params,
         task_names=config.data.task_names,
         options=config.run,
         mesh=mesh,
-        batches=lambda tasks=None, weights=None, rows=None: batches(
-            train_rows,
-            batch_size=config.run.batch_size if rows is None else rows,
-            seed=config.run.seed,
-            tasks=tasks,
-            weights=config.data.weights if weights is None else weights,
-            **processes,
-        ),
-        held_out=lambda: finite_batches(test_rows, batch_size=config.run.batch_size, **processes),
+        batches=stream,
+        held_out=lambda: finite_batches(test_rows, batch_size=config.run.batch_size, part=part(config.run.batch_size)),
         reporter=reporter,
         describe=train_rows.describe,
         rows={name: train_rows.num_rows(name) for name in config.data.task_names if train_rows.num_rows(name)},

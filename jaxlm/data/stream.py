@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prepared rows to batches: an endless shuffled mixture for training, each row once for evaluation.
 
-A batch is a dict of arrays [rows, T]; see `Prepared.row`. Step s holds the same rows however many processes share it.
+A batch is a dict of arrays [rows, T]; see `Prepared.row`. Step s holds the same rows in the same order however many
+processes share it: each takes some of them, by their indices in the batch.
 """
 
 import hashlib
@@ -31,6 +32,23 @@ class _Rows:
 
     def __repr__(self) -> str:
         return f"_Rows({self._prepared.task_names[self._task_id]!r}, {self._length})"
+
+
+class _Part(grain.MapDataset):
+    """Of each batch of rows, one after the other, those with the given indices."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, part: Sequence[int]):
+        super().__init__(parent)
+        self._batch_size, self._part = batch_size, tuple(int(row) for row in part)
+
+    def __len__(self) -> int:
+        return min(len(self._parent), _END) // self._batch_size * len(self._part)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, len(self._part))
+        return self._parent[batch * self._batch_size + self._part[row]]
 
 
 class BatchStream:
@@ -81,8 +99,7 @@ def batches(
     seed: int,
     tasks: Sequence[str] | None = None,
     weights: Mapping[str, float] | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    part: Sequence[int] | np.ndarray | None = None,
     threads: int = 2,
     ahead: int = 4,
 ) -> BatchStream:
@@ -91,13 +108,14 @@ def batches(
     Each task is shuffled anew every epoch of its own. Shares are exact to one part in a hundred of the smallest weight.
 
     Args:
-      batch_size: rows of a step over all processes; each gets its `process_count`-th part.
+      batch_size: rows of a step over all processes.
       tasks: those to draw from; None: all that have rows.
       weights: task -> weight, more names than `tasks` are fine; None: equal.
+      part: indices in a batch of the rows that are wanted here (`jaxlm.train.own_rows`); None: all.
       threads: that read rows; `ahead` batches are kept ready.
-    Raises: ValueError for an empty or unknown task, a weight that is missing or not positive, an indivisible batch.
+    Raises: ValueError for an empty or unknown task, a weight that is missing or not positive, a part of another batch.
     """
-    _check_processes(batch_size, process_index, process_count)
+    chosen = _checked(part, batch_size)
     tasks = [name for name in prepared.task_names if prepared.num_rows(name)] if tasks is None else list(tasks)
     if not tasks:
         raise ValueError("no task to draw from")
@@ -111,15 +129,15 @@ def batches(
         grain.MapDataset.source(_Rows(prepared, name)).shuffle(seed=named_seed(seed, name)).repeat(None)
         for name in tasks
     ]
-    mixed = grain.MapDataset.mix(shuffled, shares)[process_index:_END:process_count]
+    mixed = _Part(grain.MapDataset.mix(shuffled, shares), batch_size, chosen)
     identity = {"data": prepared.key, "seed": seed, "batch_size": batch_size, "tasks": tasks, "weights": shares}
-    return BatchStream(mixed.batch(batch_size // process_count), identity, threads=threads, ahead=ahead)
+    return BatchStream(mixed.batch(len(chosen)), identity, threads=threads, ahead=ahead)
 
 
 class FiniteBatches:
     """Every row once, in order; iterate as often as needed. The last batch is filled with rows of weight 0."""
 
-    def __init__(self, prepared: Prepared, rows: list[tuple[int, int]], batch_size: int, part: slice):
+    def __init__(self, prepared: Prepared, rows: list[tuple[int, int]], batch_size: int, part: list[int]):
         self._prepared, self._rows, self._batch_size, self._part = prepared, rows, batch_size, part
 
     def __len__(self) -> int:
@@ -129,7 +147,7 @@ class FiniteBatches:
         for start in range(0, len(self._rows), self._batch_size):
             rows = [self._prepared.row(*row) for row in self._rows[start : start + self._batch_size]]
             rows += [empty_row(self._prepared.length)] * (self._batch_size - len(rows))
-            mine = rows[self._part]
+            mine = [rows[index] for index in self._part]
             yield {name: np.stack([row[name] for row in mine]) for name in mine[0]}
 
 
@@ -138,26 +156,31 @@ def finite_batches(
     *,
     batch_size: int,
     tasks: Sequence[str] | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    part: Sequence[int] | np.ndarray | None = None,
 ) -> FiniteBatches:
     """Each row of the tasks (None: all) once; as many batches on every process, all of one shape.
 
-    Raises: ValueError for an unknown task, no rows, or an indivisible batch.
+    Args:
+      batch_size: rows of a batch over all processes.
+      tasks: those to read; None: all.
+      part: indices in a batch of the rows that are wanted here (`jaxlm.train.own_rows`); None: all.
+    Raises: ValueError for an unknown task, no rows, or a part of another batch.
     """
-    _check_processes(batch_size, process_index, process_count)
+    chosen = _checked(part, batch_size)
     names = prepared.task_names if tasks is None else tasks
     rows = [(prepared.task_id(name), index) for name in names for index in range(prepared.num_rows(name))]
     if not rows:
         raise ValueError(f"no rows in {prepared.folder} for tasks {', '.join(names)}")
-    return FiniteBatches(prepared, rows, batch_size, slice(process_index, None, process_count))
+    return FiniteBatches(prepared, rows, batch_size, chosen)
 
 
-def _check_processes(batch_size: int, process_index: int, process_count: int) -> None:
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size {batch_size} must be a positive multiple of the {process_count} processes")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} must be in [0, {process_count})")
+def _checked(part: Sequence[int] | np.ndarray | None, batch_size: int) -> list[int]:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    chosen = list(range(batch_size)) if part is None else [int(row) for row in part]
+    if not chosen or len(set(chosen)) < len(chosen) or not 0 <= min(chosen) <= max(chosen) < batch_size:
+        raise ValueError(f"part must be indices in [0, {batch_size}), each once, at least one; got {chosen}")
+    return chosen
 
 
 def named_seed(seed: int, name: str) -> int:

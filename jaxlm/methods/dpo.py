@@ -15,7 +15,7 @@ from jaxlm.losses.preference import preference_terms
 from jaxlm.methods.sft import Sft
 from jaxlm.nn.config import Lora
 from jaxlm.nn.decoder import Model
-from jaxlm.train.mesh import rows
+from jaxlm.train.feeding import to_devices
 from jaxlm.train.options import AdamW
 from jaxlm.train.phase import LossFn, Params, Phase
 
@@ -101,7 +101,7 @@ def referred(
     for batch in records:
         _check_pairs(batch)
         names = ("tokens", "positions", "segment_ids")
-        placed = {name: jax.make_array_from_process_local_data(rows(mesh), batch[name]) for name in names}
+        placed = {name: to_devices(mesh, batch[name]) for name in names}
         yield batch | {"reference_log_probs": _reference(model, params, placed)}
 
 

@@ -13,7 +13,6 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
@@ -139,22 +138,31 @@ class PlanEncoder:
         return list(self._tokenizer.encode(text, add_special_tokens=False)) if text else []
 
 
-def assemble(rows: Sequence[Sequence[tuple[int, int, Encoded]]], layout: Layout, marks: Marks) -> Batch:
+def assemble(
+    rows: Sequence[Sequence[tuple[int, int, Encoded]]],
+    layout: Layout,
+    marks: Marks,
+    part: Sequence[int] | np.ndarray | None = None,
+) -> Batch:
     """Rows of records as a batch.
 
     Args:
       rows: of each row its (task id, record id, record); one a row where capsules are made in steps; none: padding.
       layout, marks: how.
+      part: indices of the rows that are wanted; None: all. All rows decide how wide those are.
     Returns: `tokens` (`EMBEDDED` in the places of a capsule), `loss_weights`, `positions`, `segment_ids`, `task_ids`,
       `record_ids`, `capsule_ids` (1 .. K in those places, else 0), all [B, T]; in steps `prompt_mask` [B, P];
       where plans are wanted `plan_tokens`, `plan_mask` [B, M, J].
     Raises: ValueError for several records in a row where capsules are made in steps.
     """
-    K, B = layout.num_capsules, len(rows)
+    K = layout.num_capsules
     frame = [marks.cap] if K else []
     back = [EMBEDDED] * K + [marks.end] * (K > 0)
     if layout.in_steps and max(map(len, rows), default=0) > 1:
         raise ValueError('a row holds several records, and capsules made in steps want one: set data.packing="none"')
+
+    part = range(len(rows)) if part is None else part
+    B = len(part)
 
     def widest(lengths: Iterator[int]) -> int:
         return -(-max(lengths, default=1) // layout.bucket) * layout.bucket
@@ -166,7 +174,7 @@ def assemble(rows: Sequence[Sequence[tuple[int, int, Encoded]]], layout: Layout,
     names = ("tokens", "positions", "segment_ids", "task_ids", "capsule_ids")
     batch: Batch = {name: np.zeros((B, T), np.int32) for name in names}
     batch |= {"record_ids": np.full((B, T), -1, np.int32), "loss_weights": np.zeros((B, T), np.float32)}
-    for b, row in enumerate(rows):
+    for b, row in enumerate(rows[index] for index in part):
         at = P - len(row[0][2].prompt) - 1 if layout.in_steps and row else 0
         for segment, (task, number, record) in enumerate(row, 1):
             ids = [*record.prompt, *frame, *back, *record.text]
@@ -183,15 +191,18 @@ def assemble(rows: Sequence[Sequence[tuple[int, int, Encoded]]], layout: Layout,
             at = here.stop
     if layout.in_steps:
         batch["prompt_mask"] = batch["segment_ids"][:, :P] > 0
-    return batch | (_plans(rows, layout) if layout.plans else {})
+    return batch | (_plans(rows, layout, part) if layout.plans else {})
 
 
-def _plans(rows: Sequence[Sequence[tuple[int, int, Encoded]]], layout: Layout) -> Batch:
+def _plans(
+    rows: Sequence[Sequence[tuple[int, int, Encoded]]], layout: Layout, part: Sequence[int] | np.ndarray
+) -> Batch:
     longest = max((len(r.plan) for row in rows for _, _, r in row), default=1)
     J = min(-(-longest // layout.bucket) * layout.bucket, layout.max_plan)
     M = 1 if layout.in_steps else 1 << (max(1, max(map(len, rows), default=1)) - 1).bit_length()
-    found = {"plan_tokens": np.zeros((len(rows), M, J), np.int32), "plan_mask": np.zeros((len(rows), M, J), np.float32)}
-    for b, row in enumerate(rows):
+    shape = (len(part), M, J)
+    found = {"plan_tokens": np.zeros(shape, np.int32), "plan_mask": np.zeros(shape, np.float32)}
+    for b, row in enumerate(rows[index] for index in part):
         for m, (_, _, record) in enumerate(row):
             plan = record.plan[:J]
             found["plan_tokens"][b, m, : len(plan)] = plan
@@ -207,8 +218,10 @@ class PlanBatches:
       tokenizer: that gets the marks.
       record: `(task_id, record_id) -> record`; its `everything()`, where it has one, is looked through once at first.
       describe: `(task_id, record_id) -> place`.
-      records: batches of rows with `task_ids`, `segment_ids`, `record_ids`.
+      records: batches of rows with `task_ids`, `segment_ids`, `record_ids`; whole ones on every process, because the
+        longest of all rows decides how wide a batch is.
       visible_plan_steps: batches at first whose plans stand as text between the question and `<cap>`.
+      part: indices in a batch of the rows that this process feeds; None: all.
     Raises: ValueError, before the first batch, for plans that are too long, with their number.
     """
 
@@ -221,9 +234,9 @@ class PlanBatches:
         records: Any,
         *,
         visible_plan_steps: int = 0,
+        part: Sequence[int] | np.ndarray | None = None,
     ):
-        if jax.process_count() > 1:
-            raise ValueError("plan batches have the length of their rows, which processes would have to agree on: one")
+        self._part = part
         self._layout, self._records, self._visible = layout, records, visible_plan_steps
         self._encode, self._record, self._describe = PlanEncoder(tokenizer, layout), record, describe
         self._tokenizer, self._step = tokenizer, 0
@@ -246,7 +259,7 @@ class PlanBatches:
             firsts = [np.flatnonzero(segments == s)[0] for s in range(1, int(segments.max(initial=0)) + 1)]
             row = [(int(tasks[i]), int(numbers[i])) for i in firsts]
             rows.append([(*who, self._shown(self._encoded(*who), visible)) for who in row])
-        return assemble(rows, self._layout, self._encode.marks)
+        return assemble(rows, self._layout, self._encode.marks, self._part)
 
     def _encoded(self, task_id: int, record_id: int) -> Encoded:
         if (task_id, record_id) not in self._known:

@@ -21,6 +21,7 @@ from jaxlm.nn.capsule_config import CapsuleConfig, PlanDecoderConfig
 from jaxlm.nn.decoder import EMBEDDED, Model
 from jaxlm.nn.plan_decoder import plan_decoder_leaves, plan_hidden, plan_pooled
 from jaxlm.nn.shapes import initialise
+from jaxlm.train.feeding import own_rows
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.options import AdamW
 from jaxlm.train.phase import LossFn, Params, Phase
@@ -246,9 +247,10 @@ class RCapsule:
         model = self.model(job.model, marks)
         phase = self.phase(model, num_tasks=len(job.task_names), steps=job.options.steps, marks=marks)
         batches = functools.partial(PlanBatches, self.layout, tokenizer, job.record, job.describe)
-        visible = {"visible_plan_steps": self.visible_plan_steps}
-        phase = phase._replace(batches=lambda records, params_fn: batches(records, **visible))
-        return jax.jit(phase.finish)(job.train(phase, model=model).params)
+        options: dict[str, Any] = {"visible_plan_steps": self.visible_plan_steps}
+        options["part"] = own_rows(job.mesh, job.options.batch_size)
+        phase = phase._replace(batches=lambda records, params_fn: batches(records, **options))
+        return jax.jit(phase.finish)(job.train(phase, model=model, records=job.batches(whole=True)).params)
 
     def speaker(self, model: Model, params: Params, tokenizer: Any) -> Any:
         """What samples from parameters of this method, trained or not; the tokenizer gets the marks.

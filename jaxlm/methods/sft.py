@@ -12,7 +12,7 @@ from jaxlm.losses.next_token import next_token_terms
 from jaxlm.nn.config import Lora
 from jaxlm.nn.decoder import Model
 from jaxlm.nn.lora import adapted, add_lora, merge_drift, merge_lora
-from jaxlm.train.mesh import rows
+from jaxlm.train.feeding import to_devices
 from jaxlm.train.optimizer import make_optimizer
 from jaxlm.train.options import AdamW
 from jaxlm.train.phase import LossFn, Params, Phase
@@ -81,7 +81,7 @@ class Sft:
         merged = jax.jit(phase.finish)(params)
         # A few tokens of every held-out row: enough to see a drift, and never all logits of a batch.
         tokens = next(iter(job.held_out()))["tokens"][:, :16]
-        tokens = jax.make_array_from_process_local_data(rows(job.mesh), tokens)
+        tokens = to_devices(job.mesh, tokens)
         drift = merge_drift(model, params, merged, tokens)
         job.reporter.event("merge", step=job.options.steps, logit_drift=float(drift))
         return merged

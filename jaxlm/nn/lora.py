@@ -85,9 +85,12 @@ def merge_lora(params: Mapping[str, Any], scale: float) -> dict[str, Any]:
 
 def merge_drift(model: Model, params: Mapping[str, Any], merged: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
     """Largest absolute difference of logits between adapters and merged kernels on `tokens` [B, T]; [] float32."""
-    logits = jax.jit(lambda tree: model.logits(tree, model.apply(tree, tokens)))
-    before, after = logits(params), logits(merged)
-    return jnp.max(jnp.abs(before - after))
+
+    def drift(before: Mapping[str, Any], after: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+        first, second = (model.logits(tree, model.apply(tree, tokens)) for tree in (before, after))
+        return jnp.max(jnp.abs(first - second))
+
+    return jax.jit(drift)(params, merged, tokens)
 
 
 def _refusal(table: str, pattern: str) -> str:

@@ -56,7 +56,7 @@ def mfu_bounds(
     """
     compute = flops / (chip.tflops * 1e12)
     rates = {False: chip.link_gb_s * 1e9, True: chip.beyond_gb_s * 1e9}
-    collective = share * sum(c.count * c.sent / rates[c.leaves(chip.joined)] for c in collectives if not c.sometimes)
+    collective = share * sum(c.times * c.sent / rates[c.leaves(chip.joined)] for c in collectives if not c.sometimes)
     ideal = training_flops(outline, executed=False) / outline.mesh.size / (chip.tflops * 1e12)
     return Bounds(compute, collective, ideal / max(compute, collective), ideal / (compute + collective))
 
@@ -67,5 +67,5 @@ def by_kind(collectives: Iterable[Collective]) -> dict[str, tuple[int, float, fl
     for one in collectives:
         if not one.sometimes:
             for index, value in enumerate((1, one.payload, one.sent)):
-                sums[one.kind][index] += one.count * value
+                sums[one.kind][index] += one.times * value
     return {kind: (int(count), payload, sent) for kind, (count, payload, sent) in sorted(sums.items())}

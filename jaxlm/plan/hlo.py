@@ -26,14 +26,14 @@ class Collective(NamedTuple):
       kind: one of KINDS.
       payload: bytes of the whole array on a device: what is gathered, reduced or sent.
       groups: devices that take part together, by their place in the mesh; of a permute, (source, target) pairs.
-      count: how often it runs in a step.
+      times: how often it runs in a step.
       sometimes: it stands in a branch that not every step takes.
     """
 
     kind: str
     payload: int
     groups: tuple[tuple[int, ...], ...]
-    count: int
+    times: int
     sometimes: bool
 
     @property

@@ -26,6 +26,8 @@ __getattr__, __dir__ = attach(
         "item_metrics": "held_out",
         "learning_rate": "optimizer",
         "make_mesh": "mesh",
+        "own_rows": "feeding",
+        "to_devices": "feeding",
         "make_optimizer": "optimizer",
         "make_train_step": "step",
         "paired_bootstrap": "bootstrap",

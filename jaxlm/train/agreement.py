@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxlm.train.feeding import own_rows
 from jaxlm.train.mesh import reach
 from jaxlm.train.options import RunOptions
 
@@ -147,8 +148,8 @@ def together(what: str, function: Callable[[], Result]) -> Result:
         result = function()
     except (ValueError, OSError, ImportError) as error:
         failed = error
-    error = "" if failed is None else str(failed) or type(failed).__name__
-    heard = gather({HOST: socket.gethostname(), "error": error, "storage": isinstance(failed, OSError)})
+    said = "" if failed is None else str(failed) or type(failed).__name__
+    heard = gather({HOST: socket.gethostname(), "error": said, "storage": isinstance(failed, OSError)})
     groups: dict[str, list[int]] = {}
     for process, one in enumerate(heard):
         if one["error"]:
@@ -181,7 +182,7 @@ def summary_page(mesh: Mesh, options: RunOptions, hosts: list[str]) -> str:
     names = [f"{host} ({', '.join(str(p) for p, h in enumerate(hosts) if h == host)})" for host in dict.fromkeys(hosts)]
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     saves = f"every {options.save_every} updates" if options.save_every else "at the end"
-    local = options.batch_size // len(hosts)
+    local = len(own_rows(mesh, options.batch_size))
     lines = {
         "processes": f"{len(hosts)}; hosts {', '.join(names[:LISTED])}{more}",
         "devices": f"{said['devices']} each, {mesh.size} in all, backend {jax.default_backend()}",

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.losses.term import Term
-from jaxlm.train.mesh import row_devices, rows
+from jaxlm.train.feeding import own_rows, to_devices
+from jaxlm.train.mesh import row_devices
 from jaxlm.train.phase import LossFn, Params
 
 GradFn = Callable[[Params, Any], tuple[Params, Any]]
@@ -161,10 +162,9 @@ def summed_gradient(loss_fn: LossFn, *, term: str | None = None, mesh: jax.shard
     def grad_fn(params: Params, batch: Any) -> tuple[Params, Any]:
         batch = {name: x for name, x in batch.items() if name != "record_ids"}
         if mesh is not None:
-            missing = -_num_rows(batch) % (row_devices(mesh) // jax.process_count())
+            missing = -_num_rows(batch) % len(own_rows(mesh, row_devices(mesh)))
             batch = {name: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for name, x in batch.items()}
-            place = rows(mesh)
-            batch = {name: jax.make_array_from_process_local_data(place, x) for name, x in batch.items()}
+            batch = {name: to_devices(mesh, x) for name, x in batch.items()}
         return compiled(params, batch)
 
     return grad_fn

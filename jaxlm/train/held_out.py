@@ -17,6 +17,7 @@ from jaxlm.kernels.cross_entropy import weighted_nll
 from jaxlm.losses.next_token import score_tokens, target_weights
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.decoder import Model
+from jaxlm.train.feeding import to_devices
 from jaxlm.train.mesh import replicated, row_devices, rows
 from jaxlm.train.phase import Batch, Params
 
@@ -56,8 +57,7 @@ def score_items(
     for batch in batches:
         arrays: Any = {"record_ids": np.full_like(batch["task_ids"], -1)} | dict(batch)
         if mesh is not None:
-            sharding = rows(mesh)
-            arrays = {name: jax.make_array_from_process_local_data(sharding, x) for name, x in arrays.items()}
+            arrays = {name: to_devices(mesh, x) for name, x in arrays.items()}
         scored = _score(model, mesh, params, arrays)
         # The numbers of the batch before are fetched while this one is computed.
         found += [] if waiting is None else [_with_weight(*waiting)]

@@ -38,8 +38,8 @@ class Job:
       task_names: index = task id in the batches.
       options: steps, batch size, seed, directory and intervals.
       mesh: of all devices of all processes.
-      batches: `(tasks=None, weights=None, rows=None) -> stream` of training batches, endless; None: the configured
-        mixture, and the rows of an update.
+      batches: `(tasks=None, weights=None, rows=0, whole=False) -> stream` of training batches, endless; None and 0:
+        the configured mixture, and the rows of an update. A process gets the rows that it feeds, or the whole batch.
       held_out: `() -> iterable` of evaluation batches, each held-out row once.
       reporter: where metrics and events go.
       describe: `(task_id, record_id) -> str`, a record's place in its source.

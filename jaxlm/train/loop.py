@@ -17,8 +17,9 @@ import numpy as np
 from jaxlm.checkpoints.runs import RunCheckpoints, leaves_of
 from jaxlm.nn.axes import logical_axes
 from jaxlm.train.agreement import gather, together
+from jaxlm.train.feeding import own_rows, to_devices
 from jaxlm.train.interval import Interval, check_update, records_of
-from jaxlm.train.mesh import check_rows, rows, shardings
+from jaxlm.train.mesh import check_rows, shardings
 from jaxlm.train.optimizer import rescheduled
 from jaxlm.train.options import RunOptions
 from jaxlm.train.phase import Params, Phase
@@ -188,7 +189,7 @@ class _Run:
         self.reporter, self.describe = reporter, describe
         places = jax.tree.map(lambda x: x.sharding, likes)
         self.program = program(phase, mesh=mesh, shardings=places, num_parts=options.micro_batches)
-        self.rows = rows(mesh)
+        self.local = len(own_rows(mesh, options.batch_size))
         # Where steps are not awaited, XLA's CPU collectives may deadlock; accelerators run one step ahead.
         self.ahead = 0 if mesh.devices.flat[0].platform == "cpu" else 1
         self.best = saves.best() if saves else math.inf
@@ -214,11 +215,11 @@ class _Run:
             batch = next(self.batches)
         except StopIteration as error:
             raise ValueError(f"the batches ended after step {self.step}, {self.last} were asked for") from error
-        local = self.options.batch_size // jax.process_count()
         for name, value in batch.items():
-            if value.shape[0] != (self.options.batch_size if isinstance(value, jax.Array) else local):
-                raise ValueError(f"batch[{name!r}] has {value.shape[0]} rows, expected {local} on each process")
-        arrays = {name: self.place(value) for name, value in batch.items() if name not in HOST_ONLY}
+            wanted = self.options.batch_size if isinstance(value, jax.Array) else self.local
+            if value.shape[0] != wanted:
+                raise ValueError(f"batch[{name!r}] has {value.shape[0]} rows, expected {wanted} on this process")
+        arrays = {name: to_devices(self.mesh, value) for name, value in batch.items() if name not in HOST_ONLY}
         step = self.step + 1
         self.watch.at("compile" if self.program.is_new(arrays) else "update", step)
         self.state, metrics = self.program(self.state, arrays, self.compiled)
@@ -226,12 +227,6 @@ class _Run:
         self.step = step
         self.unread.append((step, metrics, batch))
         self.read(self.ahead)
-
-    def place(self, value: Any) -> jax.Array:
-        """Rows of this process, or of all if it is a jax array already, onto the devices."""
-        if isinstance(value, jax.Array):
-            return jax.device_put(value, self.rows)
-        return jax.make_array_from_process_local_data(self.rows, value)
 
     def compiled(self, seconds: float) -> None:
         """A new shape was compiled."""

@@ -83,24 +83,36 @@ def test_resuming_far_on_reads_no_skipped_row(prepared, monkeypatch):
     assert len(read) <= 8 * (1 + 4 + 2)
 
 
+def shares(batch_size, count):
+    """Rows of each of so many processes."""
+    return np.split(np.arange(batch_size), count)
+
+
 @pytest.mark.parametrize("count", [2, 4])
-def test_a_step_is_the_same_set_of_rows_for_any_number_of_processes(stream, count):
+def test_a_step_is_the_same_rows_in_the_same_order_for_any_number_of_processes(stream, count):
     one = stream()
-    many = [stream(process_index=index, process_count=count) for index in range(count)]
+    many = [stream(part=part) for part in shares(8, count)]
     for _ in range(12):
         parts = [next(each) for each in many]
         assert all(len(part["tokens"]) == 8 // count for part in parts)
-        assert sorted(chain.from_iterable(map(row_names, parts))) == sorted(row_names(next(one)))
+        assert list(chain.from_iterable(map(row_names, parts))) == row_names(next(one))
     assert all(each.get_state() == one.get_state() for each in many)
 
 
+def test_a_part_is_any_rows_of_a_batch(stream):
+    one, some = stream(), stream(part=[6, 1, 2])
+    for _ in range(12):
+        names = row_names(next(one))
+        assert row_names(next(some)) == [names[6], names[1], names[2]]
+
+
 def test_a_state_moves_between_numbers_of_processes(stream):
-    two = [stream(process_index=index, process_count=2) for index in range(2)]
+    two = [stream(part=part) for part in shares(8, 2)]
     for each in two:
         next(each)
     one = stream()
     one.set_state(two[0].get_state())
-    assert sorted(row_names(next(one))) == sorted(chain.from_iterable(row_names(next(each)) for each in two))
+    assert row_names(next(one)) == list(chain.from_iterable(row_names(next(each)) for each in two))
 
 
 def test_rows_come_in_proportion_to_the_weights(stream):
@@ -132,9 +144,7 @@ def test_another_task_leaves_the_order_of_the_first_alone(stream):
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("batch_size", [2, 6, 64])
 def test_finite_batches_hold_each_row_once_and_fill_up_with_weight_zero(prepared, batch_size, count):
-    parts = [
-        finite_batches(prepared, batch_size=batch_size, process_index=i, process_count=count) for i in range(count)
-    ]
+    parts = [finite_batches(prepared, batch_size=batch_size, part=part) for part in shares(batch_size, count)]
     assert len({len(part) for part in parts}) == 1
     assert all(len(list(part)) == len(part) for part in parts)
     read = [batch for part in parts for batch in part]
@@ -150,8 +160,10 @@ def test_finite_batches_hold_each_row_once_and_fill_up_with_weight_zero(prepared
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 6, "process_count": 4}, "batch_size 6 must be a positive multiple of the 4 processes"),
-        ({"process_index": 2, "process_count": 2}, "process_index 2"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"part": [0, 8]}, r"part must be indices in \[0, 8\), each once, at least one; got \[0, 8\]"),
+        ({"part": [1, 1]}, r"each once, at least one; got \[1, 1\]"),
+        ({"part": []}, r"at least one; got \[\]"),
         ({"tasks": ["sort"]}, "no task 'sort'.*sorting, recall, addition"),
         ({"tasks": []}, "no task to draw from"),
         ({"weights": {"sorting": 1.0, "recall": 0.0, "addition": 1.0}}, "task 'recall' needs a positive weight, got 0"),

@@ -2,7 +2,7 @@
 """Pods of processes, forked from one that has imported everything: a start costs no imports.
 
 Each line of stdin is {"job": ..., "process": ..., "out": ..., "env": ..., ...}; the answers are "started PID" and later
-"ended PID CODE". Jobs: "script" runs scripts/train.py with `argv` in `folder`; "train" runs the loop below, where one
+"ended PID CODE". Jobs: "methods" runs those of arrangements.py; "script" runs scripts/train.py with `argv` in `folder`; "train" runs the loop below, where one
 process misbehaves.
 """
 
@@ -138,6 +138,9 @@ def do(job, devices=2, argv=(), folder=".", **told):
         call(lambda: run_loop(folder, **told))
     elif job == "layout":
         call(lambda: lay_out(folder))
+    elif job == "methods":
+        connect()
+        call(lambda: importlib.import_module("arrangements").run_methods(folder, **told))
     elif job == "compile":
         call(lambda: compile_something(folder))
     elif job == "script":
@@ -169,7 +172,7 @@ def main():
 
     for line in sys.stdin:
         told = json.loads(line)
-        if told["job"] == "script":  # what the script imports, once and not in each child
+        if told["job"] in ("script", "methods"):  # what they import, once and not in each child
             importlib.import_module("jaxlm.evaluation")
             importlib.import_module("jaxlm.methods")
         with warnings.catch_warnings():
