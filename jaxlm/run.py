@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,12 +31,13 @@ from jaxlm.nn.decoder import Model
 from jaxlm.nn.flops import model_flops
 from jaxlm.train.agreement import agree, facts, summary_page, together
 from jaxlm.train.feeding import own_rows
+from jaxlm.train.goodput import Goodput, add_lives
 from jaxlm.train.job import Job
 from jaxlm.train.launch import keep_programs
 from jaxlm.train.mesh import check_rows, constrainer, make_mesh, row_devices, shardings
 from jaxlm.train.page import write_page
 from jaxlm.train.phase import Params
-from jaxlm.train.reporter import SILENT, Reporter, RunReporter
+from jaxlm.train.reporter import SILENT, Reporter, RunReporter, read_metrics
 from jaxlm.train.scores import Scores
 from jaxlm.train.throughput import peak
 from jaxlm.train.watchdog import watching
@@ -51,23 +53,29 @@ class Result(NamedTuple):
       params: after the method's last phase.
       before: held-out metrics of the parameters that came in, by name such as "loss/sort".
       after: the same of `params`.
+      goodput: where the wall time went, in this life of the run and in those before that `metrics.jsonl` knows.
     """
 
     model: Model
     params: Params
     before: Mapping[str, float]
     after: Mapping[str, float]
+    goodput: Goodput | None = None
 
 
-def run(config: RunConfig) -> Result:
+def run(config: RunConfig, *, began: float | None = None) -> Result:
     """Runs a config from its data to its report; with the directory of an interrupted run it goes on with that run.
 
     The run directory then holds `config.json`, `metrics.jsonl`, TensorBoard files, `checkpoints/`, the prepared data,
     `summary.json` (held-out metrics before and after), `model/` (a Hugging Face folder) and `report.html`.
 
+    Args:
+      config: the run.
+      began: `time.perf_counter()` when the script began, so that its imports are part of what the run spends.
     Raises: ValueError for anything in the config that cannot work, before anything is compiled;
       `jaxlm.train.Preempted` after a SIGTERM, with the state saved.
     """
+    began = time.perf_counter() if began is None else began
     if config.run.compile_cache:
         keep_programs(config.run.compile_cache)
     hosts = agree(
@@ -82,7 +90,7 @@ def run(config: RunConfig) -> Result:
     check_rows(mesh, config.run.batch_size, config.run.micro_batches)
     if first and len(hosts) > 1:
         print(summary_page(mesh, config.run, hosts), flush=True)
-    with watching(directory, config.run.step_timeout) as watch:
+    with watching(directory, config.run.step_timeout, began) as watch:
         return _run(config, mesh, directory, watch)
 
 
@@ -99,7 +107,7 @@ def _run(config: RunConfig, mesh: Mesh, directory: pathlib.Path | None, watch: A
     model, params = load_model(config, mesh, vocabulary=train_rows.vocab_size)
     if first:
         print(train_rows.summary(), flush=True)
-    total = total_steps(config.method, config.run.steps, sum(task.train is not None for task in config.data.tasks))
+    total = _total(config)
     reporter = _reporter(config, model, total) if first else SILENT
     scores = Scores(directory, config.data.task_names)
     job = make_job(config, mesh, model, params, train_rows, test_rows, reporter, scores)
@@ -114,14 +122,17 @@ def _run(config: RunConfig, mesh: Mesh, directory: pathlib.Path | None, watch: A
         if summary.get("steps") != config.run.steps:
             summary |= {"after": score_after(job, trained, steps=total), "steps": config.run.steps}
             _write_summary(directory, summary, write=first)
+        watch.at("export")
+        if directory is not None:
+            _export(directory / "model", model, trained, tokenizer, config.method, write=first)
+        spent = {"name": "goodput", "step": total} | watch.clock.record()
+        reporter.event(**spent)
     finally:
         reporter.close()
-    watch.at("export")
-    if directory is not None:
-        _export(directory / "model", model, trained, tokenizer, config.method, write=first)
-        if first:
-            write_page([directory], directory / "report.html")
-    return Result(Model(model.config), trained, summary["before"], summary["after"])
+    if directory is not None and first:
+        write_page([directory], directory / "report.html")
+    lives = read_metrics(directory) if directory is not None and first else [spent]
+    return Result(Model(model.config), trained, summary["before"], summary["after"], add_lives(lives))
 
 
 def make_job(
@@ -274,6 +285,10 @@ def _find_prepared(config: RunConfig, tokenizer: PreTrainedTokenizerFast, split:
                 "prepare it again"
             )
     return prepared
+
+
+def _total(config: RunConfig) -> int:
+    return total_steps(config.method, config.run.steps, sum(task.train is not None for task in config.data.tasks))
 
 
 def total_steps(method: Any, steps: int, num_tasks: int) -> int:

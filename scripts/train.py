@@ -12,6 +12,7 @@ processes are one run: docs/training.md, "Many hosts".
 import json
 import pathlib
 import sys
+import time
 
 from jaxlm.command import TRY_AGAIN, Parser, call
 from jaxlm.config import load_config, to_json
@@ -19,6 +20,7 @@ from jaxlm.config import load_config, to_json
 
 def main() -> int:
     """Reads the arguments, runs, returns the exit code."""
+    began = time.perf_counter()  # before jax is imported: that is part of what a run spends
     parser = Parser(description=__doc__)
     parser.add_argument("config", help="a config file, or a run directory to go on with")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="such as run.steps=100")
@@ -40,12 +42,13 @@ def main() -> int:
         from jaxlm.evaluation import comparison  # once connected: no import may touch a device before
         from jaxlm.run import run
 
-        result = run(config)
+        result = run(config, began=began)
     except (Preempted, NotConnected) as stopped:
         print(f"stopped: {stopped}; the same command goes on", file=sys.stderr)
         return TRY_AGAIN
     if jax.process_index() == 0:
         print("\n" + comparison(result.before, result.after))
+        print(f"\n{result.goodput}")
         if config.run.directory:
             print(f"\nreport: {pathlib.Path(config.run.directory) / 'report.html'}")
     return 0

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 SHOWN = 8  # records named in an error
@@ -71,6 +72,12 @@ class Interval:
         self._tokens = self.total_tokens
         self._clear()
         return line
+
+
+def is_busy(metrics: Any) -> bool:
+    """Whether the devices are still at work on the update that these come from."""
+    leaves: list[Any] = jax.tree.leaves(metrics)
+    return any(not leaf.is_ready() for leaf in leaves)
 
 
 def records_of(batch: Mapping[str, Any], describe: Callable[[int, int], str] | None) -> str:

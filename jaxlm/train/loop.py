@@ -18,7 +18,7 @@ from jaxlm.checkpoints.runs import RunCheckpoints, leaves_of
 from jaxlm.nn.axes import logical_axes
 from jaxlm.train.agreement import gather, together
 from jaxlm.train.feeding import own_rows, to_devices
-from jaxlm.train.interval import Interval, check_update, records_of
+from jaxlm.train.interval import Interval, check_update, is_busy, records_of
 from jaxlm.train.mesh import check_rows, shardings
 from jaxlm.train.optimizer import rescheduled
 from jaxlm.train.options import RunOptions
@@ -93,6 +93,8 @@ def train(
         watch.at("restore", first)
         begin = time.perf_counter()
         restored = saves.restore(likes) if saves else None
+        if restored is None:
+            watch.clock.was("init")
         state = restored.state if restored else make()
         at = restored.step if restored else first
         if at > last:
@@ -110,6 +112,7 @@ def train(
         run.watch = watch
         run.interval = Interval(task_names, **so_far)
         run.open(records, restored.data_state["stream"] if restored else None)
+        run.account()
         try:
             with Notice() as notice:
                 while run.step < last:
@@ -119,6 +122,7 @@ def train(
             watch.at("close")  # a save in the background may still be on its way
             if saves:
                 saves.close()
+            run.account()
         return run.state
 
 
@@ -220,6 +224,8 @@ class _Run:
             if value.shape[0] != wanted:
                 raise ValueError(f"batch[{name!r}] has {value.shape[0]} rows, expected {wanted} on this process")
         arrays = {name: to_devices(self.mesh, value) for name, value in batch.items() if name not in HOST_ONLY}
+        if self.unread and is_busy(self.unread[-1][1]):
+            self.watch.clock.was("step")
         step = self.step + 1
         self.watch.at("compile" if self.program.is_new(arrays) else "update", step)
         self.state, metrics = self.program(self.state, arrays, self.compiled)
@@ -232,6 +238,11 @@ class _Run:
         """A new shape was compiled."""
         self.reporter.event("compile", step=self.step + 1, seconds=seconds)
         self.interval.leave_out(seconds)
+        self.watch.clock.at("step")
+
+    def account(self) -> None:
+        """Where the time has gone so far: now and then, for a life that is killed says nothing more."""
+        self.reporter.event("goodput", step=self.step, **self.watch.clock.record())
 
     def read(self, ahead: int) -> None:
         """Waits for all but the newest `ahead` updates and looks at how they went."""
@@ -258,6 +269,7 @@ class _Run:
 
         if due(options.log_every):
             self.read(0)
+            self.watch.clock.at("other")
             if self.interval.updates:
                 self.reporter.train(self.step, self.interval.report())
         metrics: Mapping[str, float] = {}
@@ -272,6 +284,9 @@ class _Run:
         self.best = min(self.best, metrics.get(options.keep_best, math.inf))
         if self.saves and (due(options.save_every) or best or told):
             self.save(metrics, background=not (done or told))
+            self.account()
+        elif due(options.log_every):
+            self.account()
         if told and not done:
             self.read(0)
             where = f"saved in {options.directory}" if self.saves else "nothing saved, the run has no directory"

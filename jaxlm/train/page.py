@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.train.continual_page import continual_table, isolation_panels, numbers_section, scores_section
+from jaxlm.train.goodput import Goodput, add_lives
+from jaxlm.train.goodput_page import goodput_table
 from jaxlm.train.page_style import STYLE, TEMPLATE
 from jaxlm.train.pictures import COLOURS, Panel, Series, picture
-from jaxlm.train.reporter import read_metrics
+from jaxlm.train.reporter import SPENT, read_metrics
 from jaxlm.train.scores import FILE, Scores
 
 _SHOWN_EVENTS = 60
@@ -25,8 +27,9 @@ class Run(NamedTuple):
       name: of the directory, or its path where two directories have one name.
       config: "run.steps" -> value; empty where the directory has no config.json.
       train, held_out: lines of metrics by step, the last one said for each step.
-      events: lines in order.
+      events: lines in order, but for those that `goodput` is made of.
       scores: of every held-out record over its stages, if it has kept them.
+      goodput: where its wall time went, if it has said so.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Run(NamedTuple):
     held_out: Mapping[int, Mapping[str, Any]]
     events: Sequence[Mapping[str, Any]]
     scores: Scores | None = None
+    goodput: Goodput | None = None
 
 
 def write_page(directories: Iterable[str | Path], out: str | Path, *, specialists: Iterable[str | Path] = ()) -> Path:
@@ -75,8 +79,9 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
                 _flat(json.loads(config.read_text())) if config.is_file() else {},
                 {line["step"]: line for line in by_kind["train"]},
                 {line["step"]: line for line in by_kind["eval"]},
-                by_kind["event"],
+                [event for event in by_kind["event"] if event["name"] != SPENT],
                 Scores.read(directory) if (directory / FILE).is_file() else None,
+                add_lives(by_kind["event"]),
             )
         )
     return runs
@@ -116,7 +121,8 @@ def render(runs: Sequence[Run], specialists: Sequence[Scores] = ()) -> str:
             picture("held", isolation, names) if isolation else "",
         ),
         _section("How it ran", _peaks(runs), picture("how", how, names)),
-        _section("Where the time went", "Seconds outside the updates themselves, by event.", _times(runs)),
+        _section("Where the time went", *goodput_table({run.name: run.goodput for run in runs if run.goodput})),
+        _section("Seconds by event", "Outside the updates themselves.", _times(runs)),
         _section("Config", "", _configs(runs)),
         _section("Events", "", _events(runs)),
     ]
@@ -168,6 +174,7 @@ def _facts(runs: Sequence[Run]) -> str:
             f"{last} of {run.config.get('run.steps', '?')} updates",
             f"{run.train[last]['tokens']:,} tokens" if last and "tokens" in run.train[last] else "",
             f"{_number(rates[len(rates) // 2])} tokens/s in the middle" if rates else "",
+            f"goodput {100 * run.goodput.share:.0f} %" if run.goodput else "",
             f"{_duration(max(times) - min(times))} from first to last report" if times else "",
             f"began {began:%Y-%m-%d %H:%M} UTC" if began else "",
         ]

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from jaxlm.train.throughput import Peak, memory_gib, utilisation
 
+SPENT = "goodput"  # the event that a rewind leaves: the time of updates that are forgotten was spent all the same
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -102,7 +103,10 @@ class RunReporter:
         self._write("event", fields.pop("step", self._step), {"name": name} | fields)
 
     def rewind(self, step: int) -> None:
-        """Forgets what was reported after `step`: the run goes on from there. -1 forgets everything."""
+        """Forgets what was reported after `step`: the run goes on from there. -1 forgets everything.
+
+        What the run has spent stays: events named "goodput".
+        """
         if self._directory is not None:
             self._close_files()
             _cut(self._directory / "metrics.jsonl", step)
@@ -219,11 +223,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Removes the lines after `step`, in one piece or not at all."""
+    """Removes the lines after `step` but those of time that was spent, in one piece or not at all."""
     if not path.is_file():
         return
     part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in _lines(path) if line["step"] <= step))
+    kept = [line for line in _lines(path) if line["step"] <= step or (step >= 0 and line.get("name") == SPENT)]
+    part.write_text("".join(json.dumps(line) + "\n" for line in kept))
     part.replace(path)
 
 

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 import jax
 
 from jaxlm.train.agreement import gather, together
+from jaxlm.train.goodput import OTHER, PART_OF, Clock
 from jaxlm.train.stop import EXIT_CODE, Preempted
 
 PATIENT = 10  # times run.step_timeout, for all that is no update: compiling, evaluating, saving, preparing data
@@ -45,9 +46,13 @@ class Watch:
       token: of this start of the run, so that files of an earlier one are not believed.
       hosts: names, by process.
       process: index of this one.
+      clock: of the process; it is told the same places.
     """
 
-    def __init__(self, directory: pathlib.Path | None, timeout: float, token: str, hosts: list[str], process: int):
+    def __init__(
+        self, directory: pathlib.Path | None, timeout: float, token: str, hosts: list[str], process: int, clock: Clock
+    ):
+        self.clock = clock
         self._stacks = directory / "heartbeats" if directory else None
         self._folder = self._stacks if len(hosts) > 1 else None  # one process has nobody to tell
         self._timeout, self._token, self._hosts, self._process = timeout, token, hosts, process
@@ -75,6 +80,7 @@ class Watch:
         """Says what comes now: "batch" or "update", or anything that may take longer. The time begins anew."""
         self._place, self._since = place, time.monotonic()
         self._step = self._step if step is None else step
+        self.clock.at(PART_OF.get(place, OTHER))
 
     @property
     def doing(self) -> tuple[str, int]:
@@ -252,21 +258,28 @@ def _alive(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) ->
 
 
 class _Unwatched:
-    """Says nothing and ends nothing."""
+    """Ends nothing; the time is taken all the same."""
 
-    def at(self, place: str, step: int | None = None) -> None: ...
+    def __init__(self, clock: Clock):
+        self.clock = clock
+
+    def at(self, place: str, step: int | None = None) -> None:
+        self.clock.at(PART_OF.get(place, OTHER))
 
 
-_current: Watch | None = None
+_current: Watch | _Unwatched | None = None
 
 
 @contextlib.contextmanager
-def watching(directory: str | pathlib.Path | None, timeout: float) -> Iterator[Watch | _Unwatched]:
+def watching(
+    directory: str | pathlib.Path | None, timeout: float, began: float | None = None
+) -> Iterator[Watch | _Unwatched]:
     """Watches over what runs inside; within another watch it is that one. All processes enter together.
 
     Args:
       directory: of the run, shared by all processes, or None or "".
       timeout: `run.step_timeout`, seconds; 0: nothing is watched.
+      began: when this life of the run began, on the clock of `time.perf_counter`; None: now.
     Raises: ValueError if the directory is not the same one on all processes; and what is raised inside, unless it came
       of another process's loss: then this one leaves with code 75, as the others do.
     """
@@ -277,14 +290,19 @@ def watching(directory: str | pathlib.Path | None, timeout: float) -> Iterator[W
         yield _current
         _current.at("between stages")
         return
+    clock = Clock(began)
     if not timeout:
-        yield _Unwatched()
+        _current = _Unwatched(clock)
+        try:
+            yield _current
+        finally:
+            _current = None
         return
     several = jax.process_count() > 1
     heard = gather({"token": uuid.uuid4().hex, "host": socket.gethostname()})
     hosts = [one["host"] for one in heard]
     folder = pathlib.Path(directory).absolute() if directory else None
-    watch = Watch(folder, timeout, heard[0]["token"], hosts, jax.process_index())
+    watch = Watch(folder, timeout, heard[0]["token"], hosts, jax.process_index(), clock)
     if several and folder is not None:
         gather({})  # all have written their first heartbeat
         together("looking for each other in run.directory", lambda: _seen(watch, folder, len(hosts)))
