@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "run.log_every",
     "run.micro_batches",
     "run.peak_tflops",
+    "run.profile",
     "run.save_every",
     "run.save_retries",
     "run.step_timeout",

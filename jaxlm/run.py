@@ -37,6 +37,7 @@ from jaxlm.train.launch import keep_programs
 from jaxlm.train.mesh import check_rows, constrainer, make_mesh, row_devices, shardings
 from jaxlm.train.page import write_page
 from jaxlm.train.phase import Params
+from jaxlm.train.profiling import read_window
 from jaxlm.train.reporter import SILENT, Reporter, RunReporter, read_metrics
 from jaxlm.train.scores import Scores
 from jaxlm.train.throughput import peak
@@ -82,6 +83,7 @@ def run(config: RunConfig, *, began: float | None = None) -> Result:
         facts() | {f"config {path}": value for path, value in flat_config(config).items()},
         remedy="Install the same code everywhere, start every process with the same arguments, and use equal hosts",
     )
+    read_window(config.run.profile, directory=config.run.directory, last=_total(config))
     directory = pathlib.Path(config.run.directory) if config.run.directory else None
     first = jax.process_index() == 0
     if directory is not None:

@@ -23,6 +23,7 @@ from jaxlm.train.mesh import check_rows, shardings
 from jaxlm.train.optimizer import rescheduled
 from jaxlm.train.options import RunOptions
 from jaxlm.train.phase import Params, Phase
+from jaxlm.train.profiling import Trace, read_window
 from jaxlm.train.program import program
 from jaxlm.train.reporter import SILENT, Reporter
 from jaxlm.train.state import State, make_state, state_shardings
@@ -80,6 +81,7 @@ def train(
     first = int(start.step) if isinstance(start, State) else first_step
     likes, make = plan(phase, start, mesh=mesh, seed=options.seed, stage=stage, axes=axes, first_step=first)
     last = first + (options.steps if steps is None else steps)
+    window = read_window(options.profile, directory=options.directory, last=last if steps is None else None)
     saves = None
     if options.directory:
         saves = RunCheckpoints(
@@ -113,10 +115,12 @@ def train(
         run.interval = Interval(task_names, **so_far)
         run.open(records, restored.data_state["stream"] if restored else None)
         run.account()
+        trace = Trace(window, options.directory, at, drain=run.drain, tell=run.profiled)
         try:
-            with Notice() as notice:
+            with Notice() as notice, trace:
                 while run.step < last:
-                    run.update()
+                    with trace.update(run.step + 1):
+                        run.update()
                     run.after(evaluate, notice)
         finally:
             watch.at("close")  # a save in the background may still be on its way
@@ -239,6 +243,17 @@ class _Run:
         self.reporter.event("compile", step=self.step + 1, seconds=seconds)
         self.interval.leave_out(seconds)
         self.watch.clock.at("step")
+
+    def drain(self) -> None:
+        """Until the devices have nothing left to do."""
+        self.read(0)
+        jax.block_until_ready(self.state)
+        self.watch.at("profile")
+
+    def profiled(self, seconds: float, **fields: Any) -> None:
+        """A trace was written."""
+        self.interval.leave_out(seconds)
+        self.reporter.event("profile", seconds=seconds, **fields)
 
     def account(self) -> None:
         """Where the time has gone so far: now and then, for a life that is killed says nothing more."""

@@ -33,6 +33,7 @@ class RunOptions:
     step_timeout: float = 3600.0  # seconds of one update after which a hanging run ends; elsewhere ten times; 0: never
     compile_cache: str = ""  # a folder of compiled programs, shared by processes and runs; "": what jax is set to
     peak_tflops: float | None = None  # of one device, for MFU; None: known device kinds, else measured
+    profile: str = ""  # "20:23": a trace of updates 20, 21 and 22 is written to profile/ in the directory; "": none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -113,7 +113,8 @@ def write(folder, name="copy"):
 
 def test_scripts_train_runs_two_processes_as_one(pods, tmp_path):
     write(tmp_path)
-    codes, said = pods.wait(pods.start(tmp_path, "script", argv=["config.py", "mesh.fsdp=2"]), 240)
+    argv = ["config.py", "mesh.fsdp=2", "run.profile=2:3"]
+    codes, said = pods.wait(pods.start(tmp_path, "script", argv=argv), 240)
     assert codes == [0, 0], said
     page = r"processes  2; hosts .* \(0, 1\)\ndevices    2 x cpu each, 4 in all, backend cpu\nmesh       data=2 across "
     assert re.search(
@@ -121,6 +122,9 @@ def test_scripts_train_runs_two_processes_as_one(pods, tmp_path):
     )
     assert "batch      4 rows, 2 a process" in said[0] and "batch      4 rows" not in said[1]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+    assert "\ngoodput " in said[0] and "goodput" not in said[1]
+    traces = list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].stat().st_size > 0, "process 0 alone is traced"
 
 
 @pytest.mark.parametrize(
