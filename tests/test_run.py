@@ -76,6 +76,11 @@ def test_the_same_command_goes_on_to_more_steps_and_a_finished_run_changes_nothi
     jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
     assert (first.before, first.after) == (again.before, again.after)
     assert reported(tmp_path, "train") == [2, 4, 6, 8]
+    once = finished[1].goodput
+    assert [spent.lives for spent in (once, first.goodput, again.goodput)] == [1, 2, 3]
+    assert 0 < once.wall < first.goodput.wall < again.goodput.wall and again.goodput.repeated == 0
+    assert 0 < once.seconds["step"] < first.goodput.seconds["step"] == again.goodput.seconds["step"]
+    assert f"goodput {100 * again.goodput.share:.1f} %" in (tmp_path / "report.html").read_text()
 
 
 def test_every_mesh_ends_with_the_same_losses(finished):
