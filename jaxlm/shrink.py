@@ -40,6 +40,7 @@ def shrink(config: RunConfig) -> RunConfig:
             log_every=1,
             evaluate_every=0,
             save_every=0,
+            profile="",
         ),
         mesh=MeshOptions(),
         generation=None if config.generation is None else _generation(config.generation),
