@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = (
     ("_lazy", "overrides", "command"),  # standard library only
-    ("weights", "kernels", "resampling"),
+    ("weights", "kernels", "resampling", "drill"),
     ("nn", "losses", "transforms", "data", "watermark"),
     ("checkpoints",),
     ("train", "generate", "rewards", "retrieval"),

@@ -53,6 +53,7 @@ class RunCheckpoints:
       keep_last: >= 1, how many of the newest stay.
       keep_best: a metric, lower is better, whose best checkpoint stays too; "" for none.
       config: JSON values that a checkpoint must agree with, such as the model's config; None: shapes alone decide.
+      timeout: seconds that a save may take; so long a process waits for one that could not write.
       bad_checkpoint: the newest cannot be read: "refuse" says so, "previous" passes it over with a printed warning.
     """
 
@@ -64,6 +65,7 @@ class RunCheckpoints:
         keep_best: str = "",
         config: Mapping[str, Any] | None = None,
         bad_checkpoint: Literal["refuse", "previous"] = "refuse",
+        timeout: int = 1200,
     ):
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}: a run could not be resumed")
@@ -71,7 +73,7 @@ class RunCheckpoints:
         self._keep_last = keep_last
         self._keep_best = keep_best
         self._config = None if config is None else json.loads(json.dumps(config))
-        self._bad_checkpoint = bad_checkpoint
+        self._bad_checkpoint, self._timeout = bad_checkpoint, timeout
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, Future] | None = None
         self._first = jax.process_index() == 0
@@ -127,7 +129,11 @@ class RunCheckpoints:
             if self._first:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
-            response = ocp.save_async(part / "state", state)
+            # Orbax's processes wait for each other's signals, which one that could not write never gives.
+            context = ocp.Context()
+            context.asynchronous.timeout_secs = self._timeout
+            with context:
+                response = ocp.save_async(part / "state", state)
         except (OSError, ValueError, RuntimeError) as error:
             raise self._not_written(step, part, error) from error
         self._pending = (step, self._thread.submit(self._commit, part, record, response))

@@ -31,6 +31,7 @@ from jaxlm.train.stop import Notice, Preempted
 from jaxlm.train.watchdog import watching
 
 HOST_ONLY = ("record_ids",)  # what stays off the devices
+SHORT_SAVE, LONG_SAVE = 10, 1200  # seconds after which a save counts as failed
 PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds after a save that failed: the first, doubled each time, and the longest
 
 
@@ -90,6 +91,7 @@ def train(
             keep_best=options.keep_best,
             config=config,
             bad_checkpoint=options.bad_checkpoint,
+            timeout=save_timeout(options.step_timeout),
         )
     with watching(options.directory, options.step_timeout) as watch:
         watch.at("restore", first)
@@ -128,6 +130,11 @@ def train(
                 saves.close()
             run.account()
         return run.state
+
+
+def save_timeout(step_timeout: float) -> int:
+    """Seconds that a save may take: twice `run.step_timeout`, in [10, 1200]; without a watchdog 1200."""
+    return int(min(max(2 * step_timeout, SHORT_SAVE), LONG_SAVE)) if step_timeout else LONG_SAVE
 
 
 def plan(
@@ -341,6 +348,7 @@ class _Run:
     def try_to_save(self, data_state: Any, metrics: Mapping[str, float], *, background: bool) -> None:
         """Saves, again and again with longer pauses where it fails; all processes alike, whichever of them failed."""
         for tries in range(1, self.options.save_retries + 2):
+            self.watch.at("save")
             save = functools.partial(
                 self.saves.save, self.step, self.state, data_state=data_state, metrics=metrics, background=background
             )

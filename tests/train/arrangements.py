@@ -7,13 +7,13 @@ import pathlib
 import jax
 import numpy as np
 
+import jaxlm.run
 import jaxlm.train.job
 from jaxlm.config import RunConfig
 from jaxlm.data.config import DataConfig, Procedural, ProceduralPlans, Task
 from jaxlm.methods import Epi, RCapsule, Sft
 from jaxlm.nn.config import Lora, ModelConfig
 from jaxlm.nn.position_kinds import Hope
-from jaxlm.run import run
 from jaxlm.train.agreement import gather
 from jaxlm.train.options import AdamW, MeshOptions, RunOptions
 from jaxlm.weights.names import named_leaves
@@ -27,7 +27,9 @@ RECIPE = {"generator": "recipe", "options": {"least": 2, "most": 3, "keys": 4, "
 
 def task(kind, generator, options=None):
     """A task with 7 held-out records, which fill no batch."""
-    sources = [kind(generator=generator, size=size, seed=seed, options=options or {}) for size, seed in ((60, 0), (7, 1))]
+    sources = [
+        kind(generator=generator, size=size, seed=seed, options=options or {}) for size, seed in ((60, 0), (7, 1))
+    ]
     return Task(name=generator, train=sources[0], test=sources[1])
 
 
@@ -40,10 +42,15 @@ def config(name, folder, steps, mesh):
         method = Epi(sft=sft, fraction=0.2, refresh_every=2, warmup=2, decay=0.5)
     if name == "capsule":
         method = RCapsule(sft=sft, capsule_width=4, decoder_layers=1, decoder_width=8, decoder_heads=2, bucket=8)
-    tasks = (task(ProceduralPlans, **RECIPE),) if name == "capsule" else (task(Procedural, **SORT), task(Procedural, **ROTATE))
+    tasks = (
+        (task(ProceduralPlans, **RECIPE),)
+        if name == "capsule"
+        else (task(Procedural, **SORT), task(Procedural, **ROTATE))
+    )
     return RunConfig(
         model=ModelConfig(
-            vocab_size=264, width=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=32, max_length=96, **positions
+            vocab_size=264, width=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=32, max_length=96,
+            **positions,
         ),
         tokenizer="bytes",
         data=DataConfig(tasks=tasks, length=64, packing="none" if name == "capsule" else "first_fit"),
@@ -68,20 +75,22 @@ def fingerprints(tree):
 def whole(tree):
     """Every leaf on the host."""
     mesh = tree.step.sharding.mesh
-    everywhere = jax.jit(lambda x: x, out_shardings=jax.sharding.NamedSharding(mesh, jax.P()))
-    return {name: np.asarray(everywhere(leaf).addressable_data(0)) for name, leaf in named_leaves(tree).items()}
+    everywhere = jax.jit(lambda x: x, out_shardings=jax.sharding.NamedSharding(mesh, jax.P()))(tree)
+    return {name: np.asarray(leaf.addressable_data(0)) for name, leaf in named_leaves(everywhere).items()}
 
 
 def run_methods(folder, names, steps, mesh, into):
     """Runs each method, or goes on with it, to `steps` updates; process 0 writes `<into>/<name>.npz`."""
+    jaxlm.run.write_page = lambda *_: None  # seconds of drawing, which tests/test_run.py looks at
     train, ended = jaxlm.train.job.train, []
     jaxlm.train.job.train = lambda *args, **options: ended.append(train(*args, **options)) or ended[-1]
     for name in names:
-        run(config(name, pathlib.Path(folder) / name, steps, mesh))
+        jaxlm.run.run(config(name, pathlib.Path(folder) / name, steps, mesh))
         state = jax.jit(lambda state: state._replace(rng=jax.random.key_data(state.rng)))(ended[-1])
         held = gather(fingerprints(state))
-        for part in set().union(*held):
-            assert len({one[part] for one in held if part in one}) == 1, f"{name}: copies of {part} differ"
+        for part in sorted(set().union(*held)):
+            digests = {one[part] for one in held if part in one}
+            assert len(digests) == 1, f"{name}: copies of {part} differ between processes"
         arrays = whole(state)
         if jax.process_index() == 0:
             pathlib.Path(into).mkdir(parents=True, exist_ok=True)

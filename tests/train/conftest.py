@@ -213,10 +213,14 @@ class Pods:
             env = dict(zip(names, (f"127.0.0.1:{port}", str(count), str(process)), strict=True)) if variables else {}
             out = pathlib.Path(folder) / f"said-{process}"
             line = {"job": job, "process": process, "out": str(out), "folder": str(folder), "env": env} | told
-            self.process.stdin.write(json.dumps(line | dict(each).get(process, {})) + "\n")
-            self.process.stdin.flush()
-            pod.append((self.started.get(timeout=300), out))
+            pod.append((self.fork(line | dict(each).get(process, {})), out))
         return pod
+
+    def fork(self, line):
+        """Starts one process; its id."""
+        self.process.stdin.write(json.dumps(line) + "\n")
+        self.process.stdin.flush()
+        return self.started.get(timeout=300)
 
     def wait(self, pod, seconds=120):
         """Exit codes, minus the signal of those killed; and what each said."""

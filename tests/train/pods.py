@@ -2,8 +2,8 @@
 """Pods of processes, forked from one that has imported everything: a start costs no imports.
 
 Each line of stdin is {"job": ..., "process": ..., "out": ..., "env": ..., ...}; the answers are "started PID" and later
-"ended PID CODE". Jobs: "methods" runs those of arrangements.py; "script" runs scripts/train.py with `argv` in `folder`; "train" runs the loop below, where one
-process misbehaves.
+"ended PID CODE". Jobs: "methods" runs those of arrangements.py; "script" runs scripts/train.py with `argv` in
+`folder`; "train" runs the loop below, where one process misbehaves.
 """
 
 import collections
@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import pathlib
+import resource
 import runpy
 import signal
 import sys
@@ -39,7 +40,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 class Rows:
-    """This process's rows of batch i, which is drawn from i; in batch `at` the process `who` does what it is told."""
+    """This process's rows of batch i, which is drawn from i; in batch `at` the process `who` (-1: all) does what it is told."""
 
     def __init__(self, deed, who, at):
         self.deed, self.who, self.at, self.step = deed, who, at, 0
@@ -53,8 +54,8 @@ class Rows:
         if self.deed and self.step == self.at:
             if self.deed == "nan":
                 x[0, 0] = np.nan  # of the first process, whose loss all share
-            elif jax.process_index() == self.who:
-                {"kill": kill, "stop": stop, "hang": hang, "raise": fail}[self.deed]()
+            elif jax.process_index() == self.who or self.who < 0:
+                {"kill": kill, "stop": stop, "hang": hang, "raise": fail, "fill": fill}[self.deed]()
         batch = {"x": x, "record_ids": 100 * self.step + np.arange(8, dtype=np.int32)}
         return {name: np.split(value, jax.process_count())[jax.process_index()] for name, value in batch.items()}
 
@@ -77,6 +78,11 @@ def hang():
     time.sleep(600)
 
 
+def fill():
+    """No file may grow beyond this, as on a full disk; what a process says must fit."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+
+
 def fail():
     raise ValueError("this record is no record")
 
@@ -86,14 +92,16 @@ def loss_fn(params, batch, rng):
     return {"loss": Term(error, jnp.float32(len(batch["x"])))}
 
 
-def run_loop(folder, timeout, deed="", who=1, at=4, steps=8):
+def run_loop(folder, timeout, deed="", who=1, at=4, steps=8, width=32, retries=3):
     """Connects as scripts do, trains a small model; digits of its parameters are printed at the end."""
     connect(watched=True)
     draw = np.random.default_rng(0)
-    params = {"first": draw.normal(size=(16, 32)), "second": draw.normal(size=(32, 16))}
+    params = {"first": draw.normal(size=(16, width)), "second": draw.normal(size=(width, 16))}
     params = jax.tree.map(lambda x: x.astype(np.float32) / 4, params)
     axes = {"first": (None, "embed"), "second": ("embed", None)}
-    options = RunOptions(steps=steps, batch_size=8, directory=folder, save_every=2, step_timeout=timeout)
+    options = RunOptions(
+        steps=steps, batch_size=8, directory=folder, save_every=2, step_timeout=timeout, save_retries=retries
+    )
     mesh = make_mesh(MeshOptions(data=-1, fsdp=2))
     phase = Phase(loss_fn, make_optimizer(AdamW(learning_rate=1e-2), steps))
     try:

@@ -1,32 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run is the same run on one device, on eight, on two processes of four and on four of two: data, masks, bits."""
+"""A run is the same run on one device, on eight, on two processes of four and on four of two.
+
+Each by `jaxlm.run` from streams of records to the export; arrangements.py also compares the copies that processes hold.
+"""
 
 import numpy as np
 import pytest
 
+from jaxlm.transforms.isolation import HELD
+
 METHODS = ("sft", "epi", "lora", "hope", "capsule")
 ONE, EIGHT = {"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}
 SHAPES = {"1x1": (1, 1, ONE), "1x8": (1, 8, EIGHT), "2x4": (2, 4, EIGHT), "4x2": (4, 2, EIGHT)}
+STEPS = 6
+# Of parameters and moments after STEPS updates, of which each moves an entry by up to 1e-2: sums over devices are
+# taken in another order. Seen: 3e-7 for eight devices in other processes, 5e-6 for one (capsule: 8e-6 and 2.5e-5).
+CLOSE = {"capsule": 1e-4}
 
 
-def go(pods, folder, shape, steps, out):
+def go(pods, folder, shape, steps, into, names=METHODS):
+    """Trains in `folder` as that shape, on from where it stands; the states."""
     count, devices, mesh = SHAPES[shape]
-    folder.mkdir(exist_ok=True)
-    told = {"names": METHODS, "steps": steps, "mesh": mesh, "into": str(out)}
-    codes, said = pods.wait(pods.start(folder, "methods", count=count, devices=devices, variables=count > 1, **told), 400)
+    told = {"names": names, "steps": steps, "mesh": mesh, "into": str(into)}
+    pod = pods.start(folder, "methods", count=count, devices=devices, variables=count > 1, **told)
+    codes, said = pods.wait(pod, 500)
     assert codes == [0] * count, said
-    return {name: dict(np.load(out / f"{name}.npz")) for name in METHODS}
+    states = {}
+    for name in names:
+        with np.load(into / f"{name}.npz") as state:
+            states[name] = dict(state)
+    return states
+
+
+def same(state, other, name):
+    assert list(state) == list(other)
+    for path, values in state.items():
+        if np.issubdtype(values.dtype, np.floating):
+            np.testing.assert_allclose(
+                other[path], values, rtol=0, atol=CLOSE.get(name, 1e-5), err_msg=f"{name} {path}"
+            )
+        else:  # masks, counters, keys
+            np.testing.assert_array_equal(other[path], values, err_msg=f"{name} {path}")
 
 
 @pytest.fixture(scope="module")
 def ends(pods, tmp_path_factory):
-    """The states after six updates, of each shape."""
+    """The states of each shape at the end; for four processes the two that are missing are in the last test."""
     folder = tmp_path_factory.mktemp("ends")
-    return {shape: go(pods, folder / shape, shape, 6, folder / shape) for shape in SHAPES}
+    found = {}
+    for shape in SHAPES:
+        (folder / shape).mkdir()
+        names = METHODS if shape != "4x2" else ("sft", "lora", "hope")
+        found[shape] = go(pods, folder / shape, shape, STEPS, folder / shape, names)
+    return found
 
 
-def test_x(ends):
-    for shape in ("1x1","2x4","4x2"):
-        for name in METHODS:
-            a,b=ends["1x8"][name], ends[shape][name]
-            print(shape, name, len(a), max(float(np.max(np.abs(a[k].astype(float)-b[k]))) for k in a if a[k].size), sum(a[k].tobytes()!=b[k].tobytes() for k in a), [k for k in a if a[k].dtype==bool and (a[k]!=b[k]).any()])
+@pytest.mark.parametrize("name", METHODS)
+def test_processes_and_devices_do_not_change_a_run(ends, name):
+    for shape in SHAPES:
+        if name in ends[shape]:
+            same(ends["1x8"][name], ends[shape][name], name)
+    path = "params/blocks/attention/query/" + ("lora_b" if name == "lora" else "kernel")
+    moved = np.abs(
+        ends["1x8"][name]["params/blocks/attention/query/kernel"]
+        - ends["1x8"]["sft"]["params/blocks/attention/query/kernel"]
+    )
+    assert np.any(ends["1x8"][name][path]) and (name == "sft" or np.max(moved) > 1e-3), (
+        "runs that differ look different"
+    )
+
+
+def test_isolation_holds_the_same_entries_everywhere(ends):
+    masks = {path for path, values in ends["1x8"]["epi"].items() if values.dtype == np.uint8}
+    held = sum(np.count_nonzero(ends["1x8"]["epi"][path] & HELD) for path in masks)
+    assert held > 100
+    for shape in ("1x1", "2x4"):
+        assert all(np.array_equal(ends[shape]["epi"][path], ends["1x8"]["epi"][path]) for path in masks)
+
+
+def test_a_run_moves_between_all_shapes_and_ends_as_if_it_had_not(pods, tmp_path, ends):
+    """Two updates on one device, two on two processes, two on four; then nothing is left to do for one with eight."""
+    names = ("epi", "capsule")
+    for step, shape in ((2, "1x1"), (4, "2x4"), (6, "4x2"), (6, "1x8")):
+        states = go(pods, tmp_path, shape, step, tmp_path / shape, names)
+    for name in names:
+        same(ends["1x8"][name], states[name], name)

@@ -109,3 +109,15 @@ def test_when_the_first_process_is_killed_no_other_stays(pods, tmp_path):
     """jax aborts them (134 in a shell), or the watchdog was faster."""
     codes, said = pods.wait(pods.start(tmp_path, "train", deed="kill", who=0, timeout=TIMEOUT), ENOUGH)
     assert codes[0] == -signal.SIGKILL and codes[1] in (75, -signal.SIGABRT), said
+
+
+@pytest.mark.parametrize("who", [-1, 1])
+def test_a_full_disk_ends_all_processes_with_path_and_remedy(pods, tmp_path, who):
+    told = {"deed": "fill", "who": who, "at": 5, "width": 2048, "retries": 0, "timeout": TIMEOUT}
+    codes, said = pods.wait(pods.start(tmp_path, "train", **told), ENOUGH)
+    assert codes == [2, 2], said
+    for text in said:
+        error = re.findall("^error: (.*)$", text, re.MULTILINE)[0]
+        assert re.search(
+            r"saving failed .*step 6 could not be written to .*; free space on the disk.*tried 1 times", error
+        )
