@@ -221,6 +221,7 @@ class _Run:
             "save_every": drill.save_every,
             "keep_last": 3,
             "log_every": 1,
+            "compile_cache": drill.folder / "compiled",
             "step_timeout": drill.seconds,
         }
         arguments = [drill.config, *(f"run.{name}={value}" for name, value in own.items()), *drill.fields, *fields]
@@ -236,7 +237,7 @@ class _Run:
                 "JAX_PROCESS_ID": str(process),
             }
             said.append(self.directory / f"said-{self.rounds}-{process}.txt")
-            environ = {"JAX_PLATFORMS": "cpu"} | names
+            environ = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | names
             handles.append(drill.start(arguments, environ, said[-1], devices or drill.devices))
         return _Round(self, handles, said)
 

@@ -40,7 +40,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 class Rows:
-    """Batch i, drawn from i: the rows of this process. In batch `at` the process `who` (-1: all) does what it is told."""
+    """Batch i, drawn from i: this process's rows. In batch `at` the process `who` (-1: all) does what it is told."""
 
     def __init__(self, deed, who, at):
         self.deed, self.who, self.at, self.step = deed, who, at, 0

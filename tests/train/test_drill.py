@@ -56,7 +56,7 @@ def drill(pods, tmp_path):
 
 
 def test_a_run_that_is_disturbed_ends_as_if_it_had_not_been(drill):
-    outcomes = run_drill(dataclasses.replace(drill, kills=2, seed=1), tell=lambda outcome: print(row(outcome)))
+    outcomes = run_drill(dataclasses.replace(drill, seed=1), tell=lambda outcome: print(row(outcome)))
     assert [outcome.fault for outcome in outcomes] == list(FAULTS)
     assert not any(outcome.failure for outcome in outcomes), "\n".join(map(row, outcomes))
     assert all(outcome.difference == 0 for outcome in outcomes if outcome.fault != "processes")
