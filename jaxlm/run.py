@@ -34,9 +34,10 @@ from jaxlm.train.feeding import own_rows
 from jaxlm.train.goodput import Goodput, add_lives
 from jaxlm.train.job import Job
 from jaxlm.train.launch import keep_programs
-from jaxlm.train.mesh import check_rows, constrainer, make_mesh, row_devices, shardings
+from jaxlm.train.mesh import check_rows, constrainer, loss_groups, make_mesh, shardings
 from jaxlm.train.page import write_page
 from jaxlm.train.phase import Params
+from jaxlm.train.pieces import make_pieces
 from jaxlm.train.profiling import read_window
 from jaxlm.train.reporter import SILENT, Reporter, RunReporter, read_metrics
 from jaxlm.train.scores import Scores
@@ -267,7 +268,9 @@ def load_model(config: RunConfig, mesh: Mesh, *, vocabulary: int) -> tuple[Model
     if params is None:
         key = jax.random.key(config.run.seed)
         params = jax.jit(model.init, out_shardings=place(jax.eval_shape(model.init, key)))(key)
-    return Model(model.config, constrain=constrainer(mesh), row_groups=row_devices(mesh)), params
+    return Model(
+        model.config, constrain=constrainer(mesh), row_groups=loss_groups(mesh), pieces=make_pieces(mesh)
+    ), params
 
 
 def _find_prepared(config: RunConfig, tokenizer: PreTrainedTokenizerFast, split: str) -> Prepared:

@@ -205,7 +205,7 @@ def test_frozen_leaves_have_no_gradients_in_the_plan():
 @pytest.mark.parametrize(
     ("mesh", "fields", "message"),
     [
-        ((MeshOptions(data=1, fsdp=3), 8), {}, "change mesh.data, mesh.fsdp or mesh.tensor"),
+        ((MeshOptions(data=1, fsdp=3), 8), {}, "change mesh.data, mesh.fsdp, mesh.sequence or mesh.tensor"),
         (
             (MeshOptions(data=1, tensor=8), 8),
             {"model": dataclasses.replace(TINY, mlp_width=20)},

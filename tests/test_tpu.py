@@ -239,7 +239,7 @@ def test_every_path_runs_the_same_script_with_fields_that_the_config_has():
 @pytest.mark.parametrize("size", SIZES)
 def test_the_rows_of_an_update_divide_over_the_slice(size):
     run = load_config(ROOT / CONFIG, train_of(rendered(size))["args"][1:])
-    check_rows(jax.sharding.AbstractMesh((run.mesh.data, run.mesh.fsdp, 1), AXES), run.run.batch_size)
+    check_rows(jax.sharding.AbstractMesh((run.mesh.data, run.mesh.fsdp, 1, 1), AXES), run.run.batch_size)
 
 
 def test_no_path_falls_back_to_the_cpu_or_forgets_the_compile_cache():

@@ -2,8 +2,8 @@
 """Log-probabilities of given tokens without ever holding the logits of all of them.
 
 Tokens go through the head in chunks along T, so that a batch whose rows lie on several devices stays where it is.
-B rows, T tokens of a row, C chunks, S tokens of a row in a chunk, R = B*S tokens of a chunk, G groups of rows,
-D width, V vocabulary.
+B rows, T tokens of a row, P pieces that a row is cut into, each then a row of its own, C chunks, S tokens of a row in a
+chunk, R = P*B*S tokens of a chunk, G groups of rows, D width, V vocabulary.
 """
 
 import math
@@ -40,7 +40,8 @@ class _Options(NamedTuple):
     chunk: int
     softcap: float | None
     z_loss: float
-    groups: int
+    groups: int  # of pieces of rows
+    pieces: int  # of a row
 
 
 def weighted_nll(
@@ -52,7 +53,7 @@ def weighted_nll(
     chunk: int | None = None,
     softcap: float | None = None,
     z_loss: float = 0.0,
-    groups: int = 1,
+    groups: int | tuple[int, int] = 1,
 ) -> NllResult:
     """Weighted negative log-likelihood of the targets; the gradient is made in the forward pass, nothing is recomputed.
 
@@ -72,7 +73,8 @@ def weighted_nll(
       softcap: > 0, or None for none (Gemma 2).
       z_loss: >= 0, pulls the log-partition to 0 (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, section 5).
       groups: consecutive rows are cut into that many, and the head's gradient is summed apart in each: with a group a
-        device it crosses devices once, and not once a chunk. Divides B.
+        device it crosses devices once, and not once a chunk. Divides B. A pair: the second number is of the pieces that
+        the tokens of each row are cut into, where these too lie on several devices; it divides T.
     Returns: `NllResult`.
     Raises: ValueError for shapes that do not fit or numbers out of range.
 
@@ -80,14 +82,13 @@ def weighted_nll(
     >>> print(f"{result.total:.4f}")  # 2 * log(8)
     4.1589
     """
-    chunk = _check(hidden_BTD, head_DV, targets_BT, chunk, softcap, groups)
+    options = _check(hidden_BTD, head_DV, targets_BT, chunk, softcap, groups)._replace(z_loss=z_loss)
     if weights_BT.shape != targets_BT.shape:
         raise ValueError(
             f"weights have the shape {weights_BT.shape}, targets {targets_BT.shape}: give one weight a token"
         )
     if z_loss < 0:
         raise ValueError(f"z_loss must be >= 0, got {z_loss}: a negative one drives the log-partition away from 0")
-    options = _Options(chunk, softcap, z_loss, groups)
     total, (z_total, log_probs_BT, correct_BT) = _nll(hidden_BTD, head_DV, targets_BT, weights_BT, options)
     return NllResult(total, *jax.lax.stop_gradient((z_total, log_probs_BT)), correct_BT)
 
@@ -99,7 +100,7 @@ def token_log_probs(
     *,
     chunk: int | None = None,
     softcap: float | None = None,
-    groups: int = 1,
+    groups: int | tuple[int, int] = 1,
 ) -> jax.Array:
     """log p(target) of every token, differentiable with any cotangent; the backward pass makes the logits again.
 
@@ -111,12 +112,12 @@ def token_log_probs(
     >>> token_log_probs(jnp.ones((1, 2, 4)), jnp.zeros((4, 8)), jnp.array([[1, 2]])).round(4).tolist()
     [[-2.079400062561035, -2.079400062561035]]
     """
-    chunk = _check(hidden_BTD, head_DV, targets_BT, chunk, softcap, groups)
-    return _log_probs(hidden_BTD, head_DV, targets_BT, _Options(chunk, softcap, 0.0, groups))
+    options = _check(hidden_BTD, head_DV, targets_BT, chunk, softcap, groups)
+    return _log_probs(hidden_BTD, head_DV, targets_BT, options)
 
 
-def _check(hidden_BTD, head_DV, targets_BT, chunk, softcap, groups) -> int:
-    """The chunk to use; raises ValueError for what does not fit."""
+def _check(hidden_BTD, head_DV, targets_BT, chunk, softcap, groups) -> _Options:
+    """The options to use; raises ValueError for what does not fit."""
     if hidden_BTD.ndim != 3 or head_DV.ndim != 2 or hidden_BTD.shape[2] != head_DV.shape[0]:
         raise ValueError(f"hidden [B, T, D] and head [D, V] do not fit: {hidden_BTD.shape} and {head_DV.shape}")
     if targets_BT.shape != hidden_BTD.shape[:2]:
@@ -129,13 +130,21 @@ def _check(hidden_BTD, head_DV, targets_BT, chunk, softcap, groups) -> int:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be > 0, got {softcap}: None switches it off")
-    if groups < 1 or hidden_BTD.shape[0] % groups:
-        raise ValueError(f"groups must be at least 1 and divide the {hidden_BTD.shape[0]} rows, got {groups}")
-    return chunk
+    rows, pieces = groups if isinstance(groups, tuple) else (groups, 1)
+    if rows < 1 or hidden_BTD.shape[0] % rows or pieces < 1 or hidden_BTD.shape[1] % pieces:
+        raise ValueError(
+            f"groups must be at least 1 and divide the {hidden_BTD.shape[0]} rows, of a pair the second number the "
+            f"{hidden_BTD.shape[1]} tokens, got {groups}"
+        )
+    return _Options(chunk, softcap, 0.0, rows * pieces, pieces)
 
 
 def _cut(x_BT, options: _Options):
-    """[B, T, ...] -> [C, B, S, ...], the tail padded with zeros."""
+    """[B, T, ...] -> [C, P*B, S, ...], the tails padded with zeros."""
+    if options.pieces > 1:  # those of one group become neighbours, so that all stay where they are
+        groups = options.groups // options.pieces
+        x_BT = x_BT.reshape(groups, -1, options.pieces, x_BT.shape[1] // options.pieces, *x_BT.shape[2:])
+        x_BT = jnp.moveaxis(x_BT, 2, 1).reshape(-1, *x_BT.shape[3:])
     rows, length = x_BT.shape[:2]
     count = math.ceil(length / max(1, options.chunk * options.groups // rows))
     size = math.ceil(length / count)
@@ -143,10 +152,14 @@ def _cut(x_BT, options: _Options):
     return jnp.moveaxis(padded.reshape(rows, count, size, *x_BT.shape[2:]), 1, 0)
 
 
-def _join(x_CBS, length: int):
+def _join(x_CBS, length: int, options: _Options):
     """The inverse of `_cut`."""
     joined = jnp.moveaxis(x_CBS, 0, 1)
-    return joined.reshape(joined.shape[0], -1, *x_CBS.shape[3:])[:, :length]
+    joined = joined.reshape(joined.shape[0], -1, *x_CBS.shape[3:])[:, : length // options.pieces]
+    if options.pieces > 1:
+        joined = joined.reshape(options.groups // options.pieces, options.pieces, -1, *joined.shape[1:])
+        joined = jnp.moveaxis(joined, 1, 2).reshape(-1, length, *joined.shape[4:])
+    return joined
 
 
 def _logits(h_RD, head_DV, softcap):
@@ -228,14 +241,14 @@ def _scan_nll(hidden_BTD, head_DV, targets_BT, weights_BT, options: _Options, di
     parts = tuple(_cut(x, options) for x in (hidden_BTD, targets_BT, weights_BT.astype(jnp.float32)))
     zeros = _zeros(head_DV, options.groups) if differentiate else None
     d_head, (outputs, d_hidden_CBSD) = jax.lax.scan(step, zeros, parts)
-    log_probs_BT, lse_BT, correct_BT = (_join(x, targets_BT.shape[1]) for x in outputs)
+    log_probs_BT, lse_BT, correct_BT = (_join(x, targets_BT.shape[1], options) for x in outputs)
     square_BT = jnp.square(lse_BT)
     cost_BT = options.z_loss * square_BT - log_probs_BT
     z_total = jnp.sum(weights_BT * square_BT)
     result = jnp.sum(weights_BT * cost_BT), (z_total, log_probs_BT, correct_BT)
     if d_head is None:
         return result, None
-    return result, (_join(d_hidden_CBSD, targets_BT.shape[1]), _whole(d_head, head_DV), cost_BT)
+    return result, (_join(d_hidden_CBSD, targets_BT.shape[1], options), _whole(d_head, head_DV), cost_BT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -265,7 +278,7 @@ def _scan_log_probs(hidden_BTD, head_DV, targets_BT, options: _Options):
         return None, measured.log_probs_R.reshape(part[1].shape)
 
     _, log_probs_CBS = jax.lax.scan(step, None, (_cut(hidden_BTD, options), _cut(targets_BT, options)))
-    return _join(log_probs_CBS, targets_BT.shape[1])
+    return _join(log_probs_CBS, targets_BT.shape[1], options)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -290,7 +303,7 @@ def _log_probs_backward(options, residuals, cotangent_BT):
 
     parts = tuple(_cut(x, options) for x in (hidden_BTD, targets_BT, cotangent_BT))
     d_head, d_hidden_CBSD = jax.lax.scan(step, _zeros(head_DV, options.groups), parts)
-    return _join(d_hidden_CBSD, targets_BT.shape[1]), _whole(d_head, head_DV), None
+    return _join(d_hidden_CBSD, targets_BT.shape[1], options), _whole(d_head, head_DV), None
 
 
 _log_probs.defvjp(_log_probs_forward, _log_probs_backward)

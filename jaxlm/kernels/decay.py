@@ -31,7 +31,12 @@ def centred_refusal(max_rate: float | None, span: int, dtype: Any) -> str | None
 
 
 def centred(
-    query_BLNH: jax.Array, key_BLKH: jax.Array, rates_KH: jax.Array, clock: jax.Array
+    query_BLNH: jax.Array,
+    key_BLKH: jax.Array,
+    rates_KH: jax.Array,
+    clock: jax.Array,
+    *,
+    ends: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Queries and keys whose plain products are the decayed ones, for any attention that selects its mask.
 
@@ -43,10 +48,12 @@ def centred(
       key_BLKH: [B, L, K, H].
       rates_KH: float32 [1 or K, H].
       clock: [B or 1, L] int32, never decreasing.  A row whose span times the largest rate exceeds `REACH` becomes NaN.
+      ends: [B or 1, 2] int32, first and last clock of the whole rows of which these are a part; None: they are whole.
     """
-    middle = clock[:, :1] + (clock[:, -1:] - clock[:, :1]) // 2
+    first, last = (clock[:, :1], clock[:, -1:]) if ends is None else (ends[:, :1], ends[:, 1:])
+    middle = first + (last - first) // 2
     place = (clock - middle)[:, :, None, None].astype(jnp.float32)
-    span = (clock[:, -1] - clock[:, 0]).astype(jnp.float32)
+    span = (last - first)[:, 0].astype(jnp.float32)
     lost = jnp.where(span * jnp.max(rates_KH) > 1.001 * REACH, jnp.nan, 1.0)[:, None, None, None]
     rates_NH = rates_KH
     if rates_KH.shape[0] > 1:
@@ -79,7 +86,14 @@ def first_tiles(segment_ids: jax.Array | None, window: int | jax.Array | None, l
 
 
 def rate_gradient(
-    query: jax.Array, key: jax.Array, d_query: jax.Array, d_key: jax.Array, place: jax.Array, *, shared: bool
+    query: jax.Array,
+    key: jax.Array,
+    d_query: jax.Array,
+    d_key: jax.Array,
+    place_of_query: jax.Array,
+    place_of_key: jax.Array,
+    *,
+    shared: bool,
 ) -> jax.Array:
     """d rate_c = -sum_t place_t (q_tc dq_tc - k_tc dk_tc): the rates' gradient in closed form, from no scores.
 
@@ -88,13 +102,13 @@ def rate_gradient(
       key: [n, B, K, Q, H].
       d_query: float32, as the query; gradients before they are rounded.
       d_key: float32, as the key.
-      place: [n, B or 1, Q] float32, from `from_the_middle`.
+      place_of_query: [n, B or 1, Q] float32, from `from_the_middle`.
+      place_of_key: as that; the queries may be a part of the tokens, the n of both need not be equal.
       shared: whether one row of rates serves all heads.
     Returns: [1 or K, H] float32.
     """
-    place = place[:, :, None, :, None]
-    felt = jnp.sum(key.astype(jnp.float32) * d_key * place, axis=(0, 1, 3))
-    place = jnp.tile(place, (1, 1, 1, query.shape[3] // key.shape[3], 1))
+    felt = jnp.sum(key.astype(jnp.float32) * d_key * place_of_key[:, :, None, :, None], axis=(0, 1, 3))
+    place = jnp.tile(place_of_query[:, :, None, :, None], (1, 1, 1, query.shape[3] // key.shape[3], 1))
     felt = felt - jnp.sum(query.astype(jnp.float32) * d_query * place, axis=(0, 1, 3))
     return jnp.sum(felt, axis=0, keepdims=True) if shared else felt
 

@@ -180,7 +180,7 @@ def _backward(plan, saved, d_out):
     if arrays.rates is not None:
         place = from_the_middle(arrays.clock, arrays.segments)
         rows = [x.reshape(1, B, K, -1, H) for x in (query, key, d_query, d_key)]  # the heads of a key one after another
-        d_rates = rate_gradient(*rows, place[None], shared=arrays.rates.shape[0] == 1)[:, None]
+        d_rates = rate_gradient(*rows, place[None], place[None], shared=arrays.rates.shape[0] == 1)[:, None]
     if arrays.sink is not None:
         share = jnp.exp(arrays.sink[None, :, None, None, None] - log_sum)
         d_sink = -jnp.sum(share * inner, axis=(0, 2, 3, 4))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Causal attention tile by tile: memory linear in the length, decaying channels exact at any range.
 
-B batch, L tokens, N query heads, K key heads, G = N / K, H head width; n tiles of Q tokens.  Whole arrays lie as
-[n, B, K, G * Q, H] (queries) and [n, B, K, Q, H] (keys, values), so that a tile is one slice.
+B batch, L queries, M keys (the same tokens, unless `at` says which of them), N query heads, K key heads, G = N / K,
+H head width; n tiles of Q tokens.  Whole arrays lie as [n, B, K, G * Q, H] (queries) and [n, B, K, Q, H] (keys,
+values), so that a tile is one slice.
 """
 
 from functools import partial
@@ -36,12 +37,13 @@ class _Arrays(NamedTuple):
     window: jax.Array | None  # int32 scalar
     first: jax.Array  # int32 [n], the first tile of keys that any query of a tile may see
     near: jax.Array  # bool [n], whether centred factors reach over the tile
+    at: jax.Array | None  # int32, the tile of keys that each tile of queries is; None: the same one
 
 
 def tiled_attention(
     query_BLNH: jax.Array,
-    key_BLKH: jax.Array,
-    value_BLKH: jax.Array,
+    key_BMKH: jax.Array,
+    value_BMKH: jax.Array,
     *,
     scale: float,
     rates: jax.Array | None = None,
@@ -52,6 +54,7 @@ def tiled_attention(
     segment_ids: jax.Array | None = None,
     window: int | jax.Array | None = None,
     tile: int = 128,
+    at: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(cap(scale * s) - slope (clock_i - clock_j)) v,  s_ij = sum_c exp(-rate_c (clock_i - clock_j)) q_ic k_jc.
 
@@ -64,32 +67,37 @@ def tiled_attention(
 
     Args:
       query_BLNH: [B, L, N, H].
-      key_BLKH: [B, L, K, H], K divides N; head n reads key head n // G.
-      value_BLKH: [B, L, K, H].
+      key_BMKH: [B, M, K, H], K divides N; head n reads key head n // G.
+      value_BMKH: [B, M, K, H].
       scale: of the scores, before the cap.
       rates: float32 [1 or K, H], >= 0, 1/token; None: nothing decays.
       slopes: float32 [N] >= 0; None: no bias.
-      clock: [B or 1, L] int32, never decreasing; None: indices.
+      clock: [B or 1, M] int32, never decreasing; None: indices.
       sink: float32 [N], a score of each head that takes weight and gives nothing; None: none.
       softcap: s becomes softcap * tanh(s / softcap), after the scale; None leaves it.
-      segment_ids: [B, L] int32, each segment one run; None: one segment.
+      segment_ids: [B, M] int32, each segment one run; None: one segment.
       window: tokens seen, itself included, an int or a traced int32 scalar; None: all.  Tiles outside are skipped.
       tile: tokens, the sides of a tile.
+      at: int32 [L / tile], for queries that are a part of the tokens: tile i of theirs is tile `at[i]` of the keys.
+        Under remat the keys and values are then made again (gathered again) and not kept.  None: L = M, in order.
     Returns: [B, L, N, H] in the dtype of the query.
+    Raises: ValueError for an `at` whose tiles do not divide queries and keys.
 
     Source: the tiles as in arXiv:2205.14135; the anchors as in gated linear attention (arXiv:2312.06635, section 4).
     """
     B, L, N, H = query_BLNH.shape
-    K = key_BLKH.shape[2]
+    M, K = key_BMKH.shape[1:3]
     G, tile = N // K, min(tile, L)
-    pad = -L % tile
-    count = (L + pad) // tile
+    if at is not None and (L % tile or M % tile or at.shape != (L // tile,)):
+        raise ValueError(f"tiles of {tile} tokens, of {at.shape} places, do not divide {L} queries and {M} keys")
+    pad = -M % tile
+    count = (M + pad) // tile
 
     def cut(x: jax.Array, mode: str = "constant") -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)), mode=mode)
-        return jnp.moveaxis(x.reshape(x.shape[0], count, tile, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, tile, *x.shape[2:]), 1, 0)
 
-    clock = jnp.arange(L, dtype=jnp.int32)[None] if clock is None else clock
+    clock = jnp.arange(M, dtype=jnp.int32)[None] if clock is None else clock
     whole = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, pad)), mode="edge")
     segments = None if segment_ids is None else cut(segment_ids, "edge")
     arrays = _Arrays(
@@ -102,14 +110,15 @@ def tiled_attention(
         window=None if window is None else jnp.asarray(window, jnp.int32),
         first=jnp.min(first_tiles(whole, window, count * tile, tile), axis=0),
         near=jnp.ones(count, bool),
+        at=at,
     )
     if arrays.rates_KH is not None:
         span = jnp.max(arrays.clock[..., -1] - arrays.clock[..., 0], axis=1)
         arrays = arrays._replace(near=span.astype(jnp.float32) * jnp.max(arrays.rates_KH) <= REACH)
-    query = cut(query_BLNH.reshape(B, L, K, G, H)).transpose(0, 1, 3, 4, 2, 5).reshape(count, B, K, G * tile, H)
-    key, value = (cut(x).transpose(0, 1, 3, 2, 4) for x in (key_BLKH, value_BLKH))
+    query = cut(query_BLNH.reshape(B, L, K, G, H)).transpose(0, 1, 3, 4, 2, 5).reshape(-1, B, K, G * tile, H)
+    key, value = (cut(x).transpose(0, 1, 3, 2, 4) for x in (key_BMKH, value_BMKH))
     out = _attend(query, key, value, arrays, _Options(scale, softcap))
-    out = out.reshape(count, B, K, G, tile, H).transpose(1, 0, 4, 2, 3, 5).reshape(B, count * tile, N, H)
+    out = out.reshape(-1, B, K, G, tile, H).transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, N, H)
     return out[:, :L]
 
 
@@ -119,11 +128,13 @@ def _attend(query, key, value, arrays, options):
 
 
 def _forward(query, key, value, arrays, options):
-    query, key, value = (checkpoint_name(x, SAVED) for x in (query, key, value))
+    query = checkpoint_name(query, SAVED)
+    if arrays.at is None:
+        key, value = checkpoint_name(key, SAVED), checkpoint_name(value, SAVED)
     faded = _faded_keys(key, arrays)
 
-    def one_tile(i):
-        q = query[i]
+    def one_tile(turn):
+        q, i = query[turn], _tile_of(turn, arrays)
         q_down = _down(q, arrays, i)
 
         def add(carry, scores, v):
@@ -158,16 +169,16 @@ def _backward(options, saved, d_out):
     query, key, value, arrays, out, log_sum = saved
     faded = _faded_keys(key, arrays)
 
-    def one_tile(carry, i):
-        q, d = query[i], d_out[i]
+    def one_tile(carry, turn):
+        q, d, i = query[turn], d_out[turn], _tile_of(turn, arrays)
         q_down = _down(q, arrays, i)
-        inner = jnp.sum(out[i].astype(jnp.float32) * d.astype(jnp.float32), axis=-1, keepdims=True)
+        inner = jnp.sum(out[turn].astype(jnp.float32) * d.astype(jnp.float32), axis=-1, keepdims=True)
 
         def of_scores(carry, products, j):
             """Gradient of the products q k of one tile; adds to those of values and slopes."""
             d_key, d_value, d_slopes = carry
             scores, slope = _finish(products, arrays, i, j, options)
-            weights = jnp.exp(scores - log_sum[i])
+            weights = jnp.exp(scores - log_sum[turn])
             d_scores = weights * (contract("bkqh,bkmh->bkqm", d, value[j]) - inner)
             d_value = d_value.at[j].add(contract("bkqm,bkqh->bkmh", weights, d))
             if arrays.slopes_KG is not None:
@@ -195,7 +206,7 @@ def _backward(options, saved, d_out):
         d_sink = jnp.zeros(())
         if arrays.sink_KG is not None:
             G = arrays.sink_KG.shape[1]
-            d_sink = -jnp.sum(_by_head(jnp.exp(_by_row(arrays.sink_KG, q) - log_sum[i]) * inner, G), axis=(0, 3, 4))
+            d_sink = -jnp.sum(_by_head(jnp.exp(_by_row(arrays.sink_KG, q) - log_sum[turn]) * inner, G), axis=(0, 3, 4))
         return (carry[0].at[i].add(d_k_own), *carry[1:]), (d_q + d_q_own, d_sink)
 
     zero = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
@@ -206,17 +217,22 @@ def _backward(options, saved, d_out):
     d_rates = None
     if arrays.rates_KH is not None:
         place = _from_the_middle(arrays)
-        d_rates = rate_gradient(query, key, d_query, d_key, place, shared=arrays.rates_KH.shape[0] == 1)
+        places = (place if arrays.at is None else place[arrays.at], place)
+        d_rates = rate_gradient(query, key, d_query, d_key, *places, shared=arrays.rates_KH.shape[0] == 1)
     d_arrays = _Arrays(
         rates_KH=d_rates,
         slopes_KG=None if arrays.slopes_KG is None else d_slopes,
         sink_KG=None if arrays.sink_KG is None else jnp.sum(d_sink, axis=0),
-        **dict.fromkeys(("clock", "indices", "segments", "window", "first", "near")),
+        **dict.fromkeys(("clock", "indices", "segments", "window", "first", "near", "at")),
     )
     return d_query.astype(query.dtype), d_key.astype(key.dtype), d_value.astype(value.dtype), d_arrays
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _tile_of(turn, arrays):
+    return turn if arrays.at is None else arrays.at[turn]
 
 
 def _down_factor(arrays, i, q_BKQH):

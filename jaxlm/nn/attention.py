@@ -4,8 +4,8 @@
 B batch, L queries, M keys, N query heads, K key heads, G = N / K queries a key head, H head width, D model width.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,24 @@ TILED_FROM = 4096  # tokens; from there on tiles take a twentieth of the memory 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "tiled", "pallas")
 
 
+class Pieces(Protocol):
+    """Cuts rows into pieces, as rows of their own, and attends across the cuts (`jaxlm.train.pieces`)."""
+
+    @property
+    def count(self) -> int:
+        """Pieces of a row."""
+
+    def cut(self, x: jax.Array) -> jax.Array:
+        """[B, T, ...] to [count * B, T / count, ...]."""
+
+    def join(self, x: jax.Array) -> jax.Array:
+        """The inverse of `cut`."""
+
+    @property
+    def attend(self) -> Callable[..., jax.Array]:
+        """Attention of queries in pieces to keys and values in pieces."""
+
+
 def attend(
     query_BLNH: jax.Array,
     key_BMKH: jax.Array,
@@ -40,6 +58,7 @@ def attend(
     sink: jax.Array | None = None,
     clock: jax.Array | None = None,
     implementation: str = "auto",
+    pieces: Pieces | None = None,
 ) -> jax.Array:
     """softmax(cap(scale * s_ij) - slope * D_ij) v: s_ij = sum_c exp(-rate_c D_ij) q_ic k_jc, D_ij = clock_i - clock_j.
 
@@ -65,10 +84,13 @@ def attend(
         into queries and keys, which needs max_rate * (L - 1) <= 80 (rows that reach further, by gaps in their
         clock, become NaN: force "tiled" for those). "auto": cudnn where it can, xla for rows shorter
         than `TILED_FROM`, else tiled.
+      pieces: queries, keys and values are pieces of longer rows, and segments and clock those of the whole rows;
+        "tiled" alone does it, and "auto", which folds rates as far as "xla" would.  None: rows are whole.
     Returns: [B, L, N, H] in the dtype of the query.
     Raises: ValueError if a forced implementation cannot do it, naming the reason, and for rates that cannot be.
     """
     _, L, N, H = query_BLNH.shape
+    L = L if pieces is None else L * pieces.count
     scale = H**-0.5 if scale is None else scale
     masked = segment_ids is not None or not (window is None or isinstance(window, int))
     if implementation not in IMPLEMENTATIONS:
@@ -86,6 +108,13 @@ def attend(
     common: dict[str, Any] = {"scale": scale, "softcap": softcap, "segment_ids": segment_ids, "window": window}
     common |= {"slopes": slopes, "sink": sink, "clock": clock}
     refusal = None if rates is None else centred_refusal(max_rate, L - 1, query_BLNH.dtype)
+    if pieces is not None:
+        if implementation not in ("auto", "tiled"):
+            raise ValueError(
+                f"attention {implementation!r} cannot attend across mesh.sequence={pieces.count}: use 'auto' or 'tiled'"
+            )
+        common["fold"] = rates is not None and implementation == "auto" and not refusal and L < TILED_FROM
+        return pieces.attend(query_BLNH, key_BMKH, value_BMKH, rates=rates, **common)
     if implementation in ("xla", "cudnn") and refusal:
         raise ValueError(f"attention {implementation!r} cannot fold these rates: {refusal}; use 'auto' or 'tiled'")
     if implementation == "auto" and (refusal or (reason and L >= TILED_FROM)):
@@ -171,6 +200,7 @@ def attention(
     encoding: Encoding = NOWHERE,
     segment_ids: jax.Array | None = None,
     window: int | jax.Array | None = None,
+    pieces: Pieces | None = None,
 ) -> jax.Array:
     """The attention branch of one layer: project, normalise and rotate queries and keys, attend, project back.
 
@@ -181,11 +211,12 @@ def attention(
       config: reads the heads, `positions`, `query_key_norm`, `attention*`, `norm_*` and `adapter_scale`.
       encoding: of `positions.encoding`, for this config.
       segment_ids: [B, L] int32, or None for one segment.
-      window: see `attend`.
+      window, pieces: see `attend`.
     Returns: [B, L, D] in the dtype of `x_BLD`.
     """
     query, key, value = project(p, x_BLD, config, encoding=encoding)
-    mixed = mix(p, query, key, value, config, encoding=encoding, segment_ids=segment_ids, window=window)
+    seen: dict[str, Any] = {"segment_ids": segment_ids, "window": window, "pieces": pieces}
+    mixed = mix(p, query, key, value, config, encoding=encoding, **seen)
     return dense(p["out"], mixed.reshape(*mixed.shape[:2], -1), config.adapter_scale)
 
 
@@ -227,6 +258,7 @@ def mix(
     encoding: Encoding = NOWHERE,
     segment_ids: jax.Array | None = None,
     window: int | jax.Array | None = None,
+    pieces: Pieces | None = None,
 ) -> jax.Array:
     """`attend` with the rates, slopes, sink and numbers of a layer: [B, L, N, H].
 
@@ -238,7 +270,7 @@ def mix(
       config: reads `positions`, `attention*` and the heads.
       encoding: of `positions.encoding`, for this config.
       segment_ids: [B, L] int32, or None for one segment.
-      window: see `attend`.
+      window, pieces: see `attend`.
     """
     fall = falloff(p, config)
     return attend(
@@ -255,6 +287,7 @@ def mix(
         sink=p["sink"] if config.attention_sink else None,
         clock=encoding.clock,
         implementation=config.attention,
+        pieces=pieces,
     )
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.kernels.blocked_attention import SAVED
-from jaxlm.nn.attention import attention, mix, project
+from jaxlm.nn.attention import Pieces, attention, mix, project
 from jaxlm.nn.cache import Cache, Entries, empty_cache, fits, known, write
 from jaxlm.nn.cached_attention import entries_of, mix_cached, refuse_full, refuse_long
 from jaxlm.nn.config import ModelConfig
@@ -28,6 +28,7 @@ from jaxlm.nn.shapes import decoder_leaves, initialise
 Params = Mapping[str, Any]
 Output = Literal["normed", "last"]  # hidden states after the final norm, or what the last layer left
 RESIDUAL = ("batch", "length", "embed")  # logical names of the residual stream
+IN_PIECES = ("pieces", None, "embed")  # and of one whose rows are cut into pieces
 EMBEDDED = -1  # in place of a token: what stands here is given as an embedding
 
 
@@ -44,7 +45,10 @@ class Model:
       config: what distinguishes this decoder.
       constrain: `(array, logical names) -> array`, places activations on a mesh; called on what enters and leaves
         every layer, and on the head.
-      row_groups: devices that the rows of a batch are divided over; losses keep their sums apart by it until the end.
+      row_groups: devices that the rows of a batch are divided over, or that number and the pieces of a row; losses keep
+        their sums apart by it until the end.
+      pieces: cuts rows whose tokens lie on several devices and attends across the cuts, in `apply` alone; what goes by
+        a cache has whole rows. None: rows are whole.
 
     >>> model = Model(ModelConfig(vocab_size=11, width=8, num_layers=2, num_heads=2))
     >>> params = model.init(jax.random.key(0))
@@ -55,7 +59,8 @@ class Model:
 
     config: ModelConfig
     constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = anywhere
-    row_groups: int = 1
+    row_groups: int | tuple[int, int] = 1
+    pieces: Pieces | None = None
     unseen = 0  # tokens that reading a prompt adds to it; those that think first have some
 
     def init(self, key: jax.Array) -> dict[str, Any]:
@@ -82,9 +87,9 @@ class Model:
           embeddings: [B, T, D], rows as of the embedding table, read where `tokens` is `EMBEDDED`; None: nowhere.
           output: "last" leaves the final norm out.
         Returns: [B, T, D] in the compute dtype.  Rows of padding are finite and mean nothing.
-        Raises: ValueError if a row is longer than the table of learned positions.
+        Raises: ValueError if a row is longer than the table of learned positions, or cannot be cut into pieces.
         """
-        config = self.config
+        config, pieces = self.config, self.pieces
         places = encoding(config, tokens.shape[1], positions, segment_ids)
         if positions is None:
             positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
@@ -92,14 +97,27 @@ class Model:
                 raise ValueError(
                     f"{tokens.shape[1]} tokens exceed the {config.max_length} learned positions: cut the rows"
                 )
+        length = tokens.shape[1]
+        stream: tuple[str | None, ...] = RESIDUAL
+        if pieces is not None:
+            stream = IN_PIECES
+            positions = pieces.cut(jnp.broadcast_to(positions, tokens.shape))
+            # The clock and the segments stay those of whole rows, a few bytes a token; angles go with their tokens.
+            places = places._replace(rotation=encoding(config, length, positions).rotation)
+            tokens = pieces.cut(tokens)
+            embeddings = None if embeddings is None else pieces.cut(embeddings)
+            # Gathered along D, as the head is: where fsdp is one of several axes that divide tokens, the partitioner
+            # would rather gather what every token has become.
+            params = {**params, "embed": {"table": self.constrain(params["embed"]["table"], ("vocab", None))}}
         x = embed(params, tokens, positions, config, embeddings)
 
         def layer(x, p, window, _):
-            y = block(p, x, config, encoding=places, segment_ids=segment_ids, window=window)
-            return self.constrain(y, RESIDUAL), None
+            y = block(p, x, config, encoding=places, segment_ids=segment_ids, window=window, pieces=pieces)
+            return self.constrain(y, stream), None
 
-        x, _ = _scan_layers(layer, self.constrain(x, RESIDUAL), params["blocks"], config, tokens.shape[1])
-        return _out(params, x, config, output)
+        x, _ = _scan_layers(layer, self.constrain(x, stream), params["blocks"], config, length)
+        x = _out(params, x, config, output)
+        return x if pieces is None else pieces.join(x)
 
     def prefill(
         self,
@@ -275,11 +293,12 @@ def block(
     encoding: Encoding = NOWHERE,
     segment_ids: jax.Array | None = None,
     window: int | jax.Array | None = None,
+    pieces: Pieces | None = None,
 ) -> jax.Array:
     """One layer: x + [post_norm](attention([norm](x))), then the same with the feed-forward branch."""
     branches = {
         "attention": lambda x: attention(
-            p["attention"], x, config, encoding=encoding, segment_ids=segment_ids, window=window
+            p["attention"], x, config, encoding=encoding, segment_ids=segment_ids, window=window, pieces=pieces
         ),
         "mlp": lambda x: mlp(p["mlp"], x, config),
     }

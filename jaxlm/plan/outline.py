@@ -15,8 +15,9 @@ from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.decoder import Model
 from jaxlm.nn.position_kinds import Rope
 from jaxlm.train.loop import plan
-from jaxlm.train.mesh import check_rows, constrainer, make_mesh, row_devices, rows, shardings
+from jaxlm.train.mesh import check_rows, constrainer, loss_groups, make_mesh, rows, shardings
 from jaxlm.train.phase import Phase
+from jaxlm.train.pieces import make_pieces
 from jaxlm.train.state import State
 
 PLANNED = (Sft, Epi, MultiStage, Dpi, CpiFt, Ewc)  # whose step is next-token prediction on plain batches
@@ -75,7 +76,9 @@ def make_outline(
             f"{type(config.method).__name__} has a step of its own and holds more than a state (rollouts, references): "
             f"plan its parameters and optimizer with one of {', '.join(cls.__name__ for cls in PLANNED)}"
         )
-    model = Model(model_config(config, shape), constrain=constrainer(mesh), row_groups=row_devices(mesh))
+    model = Model(
+        model_config(config, shape), constrain=constrainer(mesh), row_groups=loss_groups(mesh), pieces=make_pieces(mesh)
+    )
     bare = jax.eval_shape(model.init, jax.random.key(0))
     start = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

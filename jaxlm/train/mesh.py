@@ -14,12 +14,17 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.train.options import MeshOptions
 from jaxlm.weights.names import path_of
 
-AXES = ("data", "fsdp", "tensor")
+# The more an axis sends, the nearer its neighbours: tensor sends activations several times a layer, sequence keys and
+# values, fsdp kernels, data gradients once a step.
+AXES = ("data", "fsdp", "sequence", "tensor")
 ROWS = ("data", "fsdp")  # the rows of a batch are divided over both
+SEQUENCE = "sequence"  # divides the tokens of a row inside the model: jaxlm/train/pieces.py
+TILE = 128  # tokens, of the tiles of attention where tokens are divided; half of it at least
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ROWS,
-    "length": None,
+    "length": None,  # of what is not in pieces, such as a step of decoding: whole
+    "pieces": (*ROWS, SEQUENCE),  # rows cut into pieces
     "layers": None,
     "embed": "fsdp",
     "heads": "tensor",
@@ -32,10 +37,10 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(options: MeshOptions, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor over all devices of all processes, or over `devices`.
+    """A mesh with the axes data, fsdp, sequence and tensor over all devices of all processes, or over `devices`.
 
-    It is laid out by topology: neighbours along tensor, then along fsdp, lie on one host or slice wherever they fit
-    there, and data goes across.
+    It is laid out by topology: neighbours along tensor, then along sequence and fsdp, lie on one host or slice wherever
+    they fit there, and data goes across.
 
     Raises: ValueError when the axes do not multiply to the number of devices, or cannot be cut where slices end.
     """
@@ -50,7 +55,7 @@ def make_mesh(options: MeshOptions, *, devices: Sequence[jax.Device] | None = No
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(
             f"the mesh {wanted} needs {'a multiple of ' if '-1' in wanted else ''}{fixed} devices, but there are "
-            f"{len(devices)}: change mesh.data, mesh.fsdp or mesh.tensor, or set one of them to -1"
+            f"{len(devices)}: change mesh.data, mesh.fsdp, mesh.sequence or mesh.tensor, or set one of them to -1"
         )
     shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(AXES)
     if len({slice_of(device) for device in devices}) == 1:
@@ -86,8 +91,8 @@ def across_slices(shape: Sequence[int], slices: int) -> tuple[int, ...]:
 
     Raises: ValueError when the axes do not divide the slices among them.
 
-    >>> across_slices((8, 4, 1), 4), across_slices((2, 8, 1), 4)
-    ((4, 1, 1), (2, 2, 1))
+    >>> across_slices((8, 4, 1, 1), 4), across_slices((2, 8, 1, 1), 4)
+    ((4, 1, 1, 1), (2, 2, 1, 1))
     """
     left = slices
     across: list[int] = []
@@ -198,3 +203,26 @@ def check_rows(mesh: Mesh, batch_size: int, micro_batches: int = 1) -> None:
             f"times {micro_batches} micro_batches; the nearest that fit are {max(1, batch_size // step) * step} and "
             f"{(batch_size // step + 1) * step}"
         )
+
+
+def check_length(mesh: Mesh, length: int) -> None:
+    """Raises ValueError unless the mesh's `sequence` axis can divide rows of `length` tokens.
+
+    Every device gets two chunks of a row, each of at most TILE tokens or a multiple of half of it.
+    """
+    devices = mesh.shape[SEQUENCE]
+    chunks = 2 * devices
+    step = chunks if length <= chunks * TILE else chunks * TILE // 2
+    if devices > 1 and (length < 1 or length % step):
+        fits = max(1, length // step) * step, (length // step + 1) * step
+        raise ValueError(
+            f"rows of {length} tokens cannot be divided over mesh.sequence={devices}, which needs a multiple of {step} "
+            f"({chunks} chunks, and above {chunks * TILE} tokens chunks in tiles of {TILE // 2}): set data.length to "
+            f"{fits[0]} or {fits[1]}, or another mesh.sequence"
+        )
+
+
+def loss_groups(mesh: Mesh) -> int | tuple[int, int]:
+    """Into how many groups a loss cuts rows, and where tokens are divided those of each row (`Model.row_groups`)."""
+    rows_over = row_devices(mesh)
+    return rows_over if mesh.shape[SEQUENCE] == 1 else (rows_over, mesh.shape[SEQUENCE])

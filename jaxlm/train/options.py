@@ -11,6 +11,7 @@ class MeshOptions:
 
     data: int = -1  # copies of the model, each with its own rows
     fsdp: int = 1  # rows too, parameters and optimizer state divided
+    sequence: int = 1  # the tokens of a row divided, for long rows (docs/long_contexts.md)
     tensor: int = 1  # heads, mlp and vocabulary divided
 
 
