@@ -29,7 +29,7 @@ from jaxlm.rewards.numeric import NumericMatch
 from jaxlm.run import answerer, load_model, load_tokenizer, open_data
 from jaxlm.train.feeding import own_rows
 from jaxlm.train.held_out import evaluate, score_windows, suited
-from jaxlm.train.mesh import check_rows, make_mesh
+from jaxlm.train.mesh import check_length, check_rows, make_mesh
 
 TAIL = 128  # predictions at the end of a window, which have the most context
 VERIFIERS: Mapping[str, Callable[[], Any]] = {
@@ -266,6 +266,7 @@ def _generate(config: RunConfig, out: str | Path | None) -> Generated:
 def _evaluate(config: RunConfig, lengths: Sequence[int]) -> dict[str, float]:
     mesh = make_mesh(config.mesh)
     check_rows(mesh, config.run.batch_size)
+    check_length(mesh, config.data.length)
     tokenizer = load_tokenizer(config)
     _, rows = open_data(config, tokenizer)
     model, params = load_model(config, mesh, vocabulary=rows.vocab_size)

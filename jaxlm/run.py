@@ -34,7 +34,7 @@ from jaxlm.train.feeding import own_rows
 from jaxlm.train.goodput import Goodput, add_lives
 from jaxlm.train.job import Job
 from jaxlm.train.launch import keep_programs
-from jaxlm.train.mesh import check_rows, constrainer, loss_groups, make_mesh, shardings
+from jaxlm.train.mesh import check_length, check_rows, constrainer, loss_groups, make_mesh, shardings
 from jaxlm.train.page import write_page
 from jaxlm.train.phase import Params
 from jaxlm.train.pieces import make_pieces
@@ -91,6 +91,12 @@ def run(config: RunConfig, *, began: float | None = None) -> Result:
         together("claiming run.directory", lambda: claim_directory(config, write=first))
     mesh = make_mesh(config.mesh)
     check_rows(mesh, config.run.batch_size, config.run.micro_batches)
+    check_length(mesh, config.data.length)
+    reason = getattr(config.method, "whole_rows", "")
+    if reason and mesh.shape["sequence"] > 1:
+        raise ValueError(
+            f"{type(config.method).__name__} cannot divide the tokens of rows, {reason}: set mesh.sequence=1"
+        )
     if first and len(hosts) > 1:
         print(summary_page(mesh, config.run, hosts), flush=True)
     with watching(directory, config.run.step_timeout, began) as watch:

@@ -107,7 +107,7 @@ def test_what_is_saved_is_what_jax_saves(remat, fields):
     rows = outline.batch["tokens"].shape[0]
     tokens = rows * 64  # products are saved as rows of tokens
     ours = [x for x in stacked if x.shape[0] == config.num_layers and x.shape[1] in (rows, tokens)]
-    work = activations.Work(config, rows, 64, 1, False, True)
+    work = activations.Work(config, rows, 64, 1, 1, False, True)
     assert sum(x.size * x.dtype.itemsize for x in ours) == activations.saved(work)
 
 
@@ -144,6 +144,16 @@ def test_the_estimate_is_within_a_tenth_of_the_compilers_figure(shape, mesh, qui
     # Attention in blocks makes some scores of the future too, and remat "dots" makes attention twice.
     expected = training_flops(outline, executed=True) / outline.mesh.size
     assert 0.98 < program.flops / expected < 1.2
+
+
+def test_divided_tokens_divide_what_is_planned_and_stay_near_the_compilers_figure(quick_compiles):
+    model, mesh = dataclasses.replace(SMALL["kept"][0], tied=False), (MeshOptions(data=1, sequence=2), 2)
+    outline = outline_of(model=model, mesh=mesh, rows=2, length=1024)
+    memory, compiled = estimate(outline, on_cpu=True), compile_step(outline)
+    assert compiled.arguments == pytest.approx(memory.state + memory.batch, abs=256)
+    assert abs(memory.step / compiled.step - 1) < 0.1, (memory, compiled.temporary)
+    whole = estimate(outline_of(model=model, rows=2, length=1024), on_cpu=True)
+    assert memory.saved == whole.saved / 2 and memory.state == whole.state and memory.layer < whole.layer
 
 
 def test_loops_and_groups_of_collectives_are_counted():

@@ -14,8 +14,9 @@ from jaxlm import checkpoints
 from jaxlm.config import RunConfig
 from jaxlm.data import DataConfig, JsonLines, Procedural, Task
 from jaxlm.data.preparation import prepare
-from jaxlm.methods import Sft
+from jaxlm.methods import METHODS, Sft
 from jaxlm.nn import Lora, ModelConfig
+from jaxlm.overrides import override
 from jaxlm.run import load_tokenizer, run
 from jaxlm.train import AdamW, MeshOptions, RunOptions
 from jaxlm.train.reporter import read_metrics
@@ -65,6 +66,26 @@ def test_a_run_lowers_the_loss_of_every_task_and_leaves_a_model_that_loads(finis
     assert len(checkpoints.load_tokenizer(directory / "model")) <= model.config.vocab_size
     assert {"config.json", "metrics.jsonl", "summary.json", "report.html"} <= {p.name for p in directory.iterdir()}
     assert (reported(directory, "train"), reported(directory, "eval")) == ([2, 4, 6], [0, 6])
+
+
+def test_a_run_that_divides_tokens_learns_what_one_of_whole_rows_learns(finished):
+    divided = run(override(config(""), ["mesh.data=2", "mesh.sequence=4"]))
+    for when in ("before", "after"):
+        whole, cut = (getattr(result, when) for result in (finished[1], divided))
+        assert cut == pytest.approx(whole, rel=1e-3), when
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "message"),
+    [
+        ("sft", ["mesh.sequence=8", "data.length=50"], "rows of 50 tokens .* data.length to 48 or 64"),
+        ("grpo", ["mesh.sequence=2"], "Grpo cannot divide the tokens of rows, it samples with a cache: set mesh.seq"),
+        ("r_capsule", ["mesh.sequence=2"], "RCapsule cannot divide .*: set mesh.sequence=1"),
+    ],
+)
+def test_a_run_that_cannot_divide_tokens_is_refused_before_it_compiles(method, fields, message):
+    with pytest.raises(ValueError, match=message):
+        run(override(config("", method=METHODS[method]()), fields))
 
 
 def test_the_same_command_goes_on_to_more_steps_and_a_finished_run_changes_nothing(finished, tmp_path):

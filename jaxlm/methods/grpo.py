@@ -66,6 +66,7 @@ class Grpo:
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl: float = 0.04
+    whole_rows = "it samples with a cache"  # why the tokens of a row cannot lie on several devices
 
     def __post_init__(self):
         if self.group_size < 2:

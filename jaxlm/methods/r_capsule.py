@@ -78,6 +78,7 @@ class RCapsule:
     prompts: Literal["raw", "chat"] = "raw"
     keep_decoder: bool = False
     bucket: int = 32
+    whole_rows = "it makes capsules with a cache and rows of many lengths"  # why tokens cannot be divided
 
     def __post_init__(self):
         if not self.recon_weight >= 0:

@@ -85,6 +85,7 @@ def merge_lora(params: Mapping[str, Any], scale: float) -> dict[str, Any]:
 
 def merge_drift(model: Model, params: Mapping[str, Any], merged: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
     """Largest absolute difference of logits between adapters and merged kernels on `tokens` [B, T]; [] float32."""
+    model = dataclasses.replace(model, pieces=None)  # the tokens are few, and as many as they are
 
     def drift(before: Mapping[str, Any], after: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
         first, second = (model.logits(tree, model.apply(tree, tokens)) for tree in (before, after))

@@ -22,7 +22,8 @@ class Work(NamedTuple):
     Attributes:
       config: of the model.
       rows: of a micro-batch on one device.
-      length: tokens of a row.
+      length: tokens of a row that the device holds: of a piece, where tokens are divided.
+      sequence: devices that divide the tokens of a row.
       tensor: devices that divide heads, inner width and vocabulary.
       divided: whether parameters are gathered before they are used (fsdp above 1).
       on_cpu: the step as the CPU backend builds it: smaller chunks of logits, all score blocks at once.
@@ -31,6 +32,7 @@ class Work(NamedTuple):
     config: ModelConfig
     rows: int
     length: int
+    sequence: int
     tensor: int
     divided: bool
     on_cpu: bool
@@ -94,6 +96,7 @@ def saved(work: Work, *, adapted: bool = False) -> float:
 # Arrays of one layer's backward pass that are alive together, counted in the buffers of compiled CPU steps
 # (docs/benchmarks/plan.md), which write down much that an accelerator fuses.
 WIDE, INNER, MIXED = 7.0, 4.5, 2.0
+WHOLE = 1.0  # of the keys and values of whole rows, where tokens are divided: how often they lie gathered
 GATHERED = 1.0  # of a layer's kernels: how often they lie gathered at one time
 UPDATED = 1.0  # float32 numbers a trained entry that the optimizer writes down beside gradients and state
 
@@ -117,14 +120,23 @@ def layer(work: Work, *, trains: bool = True) -> float:
     largest = config.width * max(work.inner, queries) if trains else 0.0
     kernels = 2 * config.width * (queries + keys) + (3 if config.gated else 2) * config.width * work.inner
     gathered = GATHERED * kernels * work.item if work.divided else 0.0
-    return work.tokens * wide * work.item + scores(work) + gathered + largest * FLOAT32
+    return work.tokens * wide * work.item + scores(work) + whole_keys(work) + gathered + largest * FLOAT32
+
+
+def whole_keys(work: Work) -> float:
+    """Bytes of keys and values of whole rows, where tokens are divided: gathered, and their gradients in float32."""
+    if work.sequence == 1:
+        return 0.0
+    numbers = 2 * work.heads[1] * work.tokens * work.sequence
+    return numbers * (WHOLE * work.item + FLOAT32)
 
 
 def scores(work: Work) -> float:
     """Bytes of the attention's scores in float32: of one block of queries, or of all where CPU makes them early."""
     config = work.config
     heads = config.num_heads / work.tensor
-    if config.attention in ("tiled", "pallas", "cudnn") or (config.attention == "auto" and work.length >= TILED_FROM):
+    tiled = config.attention == "auto" and (work.length >= TILED_FROM or work.sequence > 1)
+    if tiled or config.attention in ("tiled", "pallas", "cudnn"):
         return 2 * work.rows * heads * 128 * 128 * FLOAT32
     block = max(64, -(-work.length // (MAX_BLOCKS * 64)) * 64)
     blocks = [(min(start + block, work.length) - start) * min(start + block, work.length)

@@ -117,7 +117,8 @@ def _work(outline: Outline, *, on_cpu: bool) -> activations.Work:
     return activations.Work(
         config=outline.model.config,
         rows=max(1, rows // (row_devices(mesh) * outline.config.run.micro_batches)),
-        length=length,
+        length=length // mesh.shape["sequence"],
+        sequence=mesh.shape["sequence"],
         tensor=mesh.shape["tensor"],
         divided=mesh.shape["fsdp"] > 1,
         on_cpu=on_cpu,

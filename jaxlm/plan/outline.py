@@ -15,7 +15,7 @@ from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.decoder import Model
 from jaxlm.nn.position_kinds import Rope
 from jaxlm.train.loop import plan
-from jaxlm.train.mesh import check_rows, constrainer, loss_groups, make_mesh, rows, shardings
+from jaxlm.train.mesh import check_length, check_rows, constrainer, loss_groups, make_mesh, rows, shardings
 from jaxlm.train.phase import Phase
 from jaxlm.train.pieces import make_pieces
 from jaxlm.train.state import State
@@ -71,6 +71,7 @@ def make_outline(
     mesh = make_mesh(config.mesh, devices=there[:num_devices])
     run = config.run
     check_rows(mesh, run.batch_size, run.micro_batches)
+    check_length(mesh, config.data.length)
     if not isinstance(config.method, PLANNED):
         raise ValueError(
             f"{type(config.method).__name__} has a step of its own and holds more than a state (rollouts, references): "

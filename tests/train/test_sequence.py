@@ -13,7 +13,7 @@ from jaxlm.losses.next_token import next_token_terms
 from jaxlm.nn.attention import attend
 from jaxlm.nn.config import Lora
 from jaxlm.nn.decoder import Model
-from jaxlm.nn.lora import adapted, add_lora
+from jaxlm.nn.lora import adapted, add_lora, merge_drift
 from jaxlm.nn.position_kinds import Alibi, Hope
 from jaxlm.train.held_out import score_items
 from jaxlm.train.mesh import constrainer, loss_groups, make_mesh
@@ -175,3 +175,9 @@ def test_decoding_with_a_cache_has_whole_rows(tiny):
     hidden, _ = model.extend(params, tokens[:, 16:], cache)
     expected = Model(tiny.config).apply(params, tokens)[:, -1:]
     assert_near(hidden, expected)
+
+
+def test_a_merge_is_looked_at_on_tokens_that_cannot_be_cut(tiny):
+    model, tokens = divided(tiny.config, mesh_of(sequence=4)), jnp.asarray(packed(5)["tokens"][:, :7])
+    params = model.init(jax.random.key(0))
+    assert merge_drift(model, params, params, tokens) == 0
