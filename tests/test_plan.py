@@ -153,7 +153,8 @@ def test_divided_tokens_divide_what_is_planned_and_stay_near_the_compilers_figur
     assert compiled.arguments == pytest.approx(memory.state + memory.batch, abs=256)
     assert abs(memory.step / compiled.step - 1) < 0.1, (memory, compiled.temporary)
     whole = estimate(outline_of(model=model, rows=2, length=1024), on_cpu=True)
-    assert memory.saved == whole.saved / 2 and memory.state == whole.state and memory.layer < whole.layer
+    assert memory.saved == whole.saved / 2 and memory.layer < whole.layer
+    assert memory.state == pytest.approx(whole.state / 2, rel=0.01), "what follows the residual stream is divided too"
 
 
 def test_loops_and_groups_of_collectives_are_counted():

@@ -25,7 +25,7 @@ class Work(NamedTuple):
       length: tokens of a row that the device holds: of a piece, where tokens are divided.
       sequence: devices that divide the tokens of a row.
       tensor: devices that divide heads, inner width and vocabulary.
-      divided: whether parameters are gathered before they are used (fsdp above 1).
+      divided: whether parameters are gathered before they are used (fsdp or sequence above 1).
       on_cpu: the step as the CPU backend builds it: smaller chunks of logits, all score blocks at once.
     """
 

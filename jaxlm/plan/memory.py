@@ -88,7 +88,7 @@ def estimate(outline: Outline, *, on_cpu: bool = False) -> Memory:
     whole_head = 0.0
     if head_trains and not work.config.tied:  # the CPU backend reduces it whole, and cuts it when it is used
         kernel = work.config.width * work.config.vocab_size * FLOAT32 / work.tensor
-        whole_head = kernel * (1 - 1 / outline.mesh.shape["fsdp"]) if on_cpu else 0.0
+        whole_head = kernel * (1 - 1 / _parts(outline)) if on_cpu else 0.0
     moments = {
         "head": saved + late + head,
         "layer": saved + late + whole_head + layer,
@@ -111,6 +111,11 @@ def estimate(outline: Outline, *, on_cpu: bool = False) -> Memory:
     )
 
 
+def _parts(outline: Outline) -> int:
+    """Into how many parts the mesh divides parameters along the width."""
+    return outline.mesh.shape["fsdp"] * outline.mesh.shape["sequence"]
+
+
 def _work(outline: Outline, *, on_cpu: bool) -> activations.Work:
     rows, length = outline.batch["tokens"].shape
     mesh = outline.mesh
@@ -120,7 +125,7 @@ def _work(outline: Outline, *, on_cpu: bool) -> activations.Work:
         length=length // mesh.shape["sequence"],
         sequence=mesh.shape["sequence"],
         tensor=mesh.shape["tensor"],
-        divided=mesh.shape["fsdp"] > 1,
+        divided=_parts(outline) > 1,
         on_cpu=on_cpu,
     )
 

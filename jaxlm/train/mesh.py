@@ -26,7 +26,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "length": None,  # of what is not in pieces, such as a step of decoding: whole
     "pieces": (*ROWS, SEQUENCE),  # rows cut into pieces
     "layers": None,
-    "embed": "fsdp",
+    "embed": ("fsdp", SEQUENCE),  # devices with other tokens need not hold the same parameters
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -126,7 +126,7 @@ def spec(names: Sequence[str | None]) -> P:
     """The partition of one array from the logical names of its dimensions; a mesh axis serves the first that asks.
 
     >>> tuple(spec(("batch", "length", "embed"))), tuple(spec(("layers", "embed", "mlp")))
-    ((('data', 'fsdp'), None, None), (None, 'fsdp', 'tensor'))
+    ((('data', 'fsdp'), None, None), (None, ('fsdp', 'sequence'), 'tensor'))
     """
     taken: set[str] = set()
     parts: list[str | tuple[str, ...] | None] = []
@@ -166,13 +166,14 @@ def shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
             raise ValueError(f"{path_of(key_path)} has shape {shape.shape} but the logical axes {names}")
         partition = spec(names)
         for dimension, axis in enumerate(partition):
-            count = (
-                1 if axis is None else math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis))
-            )
+            axes = (axis,) if isinstance(axis, str) else axis or ()
+            count = math.prod(mesh.shape[a] for a in axes)
             if shape.shape[dimension] % count:
+                names_of = [a for a in axes if mesh.shape[a] > 1]
                 raise ValueError(
                     f"{path_of(key_path)} has {shape.shape[dimension]} entries along {names[dimension]!r}, which the "
-                    f"{count} devices of mesh axis {axis!r} do not divide: choose another mesh.{axis}"
+                    f"{count} devices of mesh axis {' x '.join(map(repr, names_of))} do not divide: choose another "
+                    f"{' or '.join(f'mesh.{a}' for a in names_of)}"
                 )
         return NamedSharding(mesh, partition)
 

@@ -90,7 +90,7 @@ def test_weights_lie_where_their_parameters_lie_and_eight_devices_equal_one(spri
     np.testing.assert_allclose(spring.flat(params), spring.flat(finished[0]), rtol=1e-4, atol=1e-5)
     state = job.placed["stage-3"]
     kernel = state.params["blocks"]["mlp"]["up"]["kernel"]
-    assert tuple(kernel.spec) == (None, "fsdp", "tensor")
+    assert tuple(kernel.spec) == (None, ("fsdp", "sequence"), "tensor")
     places = [state.opt_state.weight, state.opt_state.anchor, job.placed["fisher-1"].opt_state.total]
     for tree in places:
         jax.tree.map(lambda ours, theirs, x: _same(ours, theirs, x.ndim), tree, state.params, job.params)

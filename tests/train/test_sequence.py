@@ -103,6 +103,16 @@ def test_divided_tokens_give_the_loss_and_the_gradients_of_whole_rows(tiny, fiel
     assert_near(gradient(divided(config, mesh_of(**sizes)), params, batch), expected)
 
 
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
+def test_pieces_see_equally_many_keys_and_join_to_the_rows_they_were(count):
+    pieces = make_pieces(mesh_of(sequence=count))
+    positions = np.arange(2 * 48, dtype=np.int32).reshape(2, 48) % 48
+    cut = pieces.cut(positions)
+    seen = {int(np.sum(np.asarray(shard.data)[0] + 1)) for shard in cut.addressable_shards}
+    assert len(seen) == 1 and len(cut.addressable_shards) == count, "keys under the diagonal, of each device"
+    np.testing.assert_array_equal(pieces.join(cut), positions)
+
+
 def plain_attention(query, key, value, segments, *, rates, slopes, sink, window, softcap):
     """The formula in float64, one query after the other; a key head for every query head."""
     L, heads, width = query.shape
