@@ -30,14 +30,14 @@ class Bounds(NamedTuple):
 def training_flops(outline: Outline, *, executed: bool) -> float:
     """FLOPs of one update over all devices: three forward passes' worth, and with `executed` what remat adds.
 
-    "full" runs every layer forward twice (the head once), but for a last product that nothing reads again; of the
+    "full" runs every layer forward twice (the head once), but for its last product, unless a norm reads that; of the
     others only attention may run again, which is left out. LoRA does not make gradients of the kernels: a product less for each.
     """
     config, batch = outline.model.config, outline.batch["tokens"]
     rows, length = batch.shape
     forward = model_flops(config, tokens=rows * length, length=length)
     head = 2.0 * rows * length * config.width * config.vocab_size
-    last = 0.0 if config.norm_placement in ("post", "both") else 2.0 * config.mlp_size * config.width  # a norm reads it
+    last = 0.0 if config.norm_placement in ("post", "both") else 2.0 * config.mlp_size * config.width
     again = forward - head - rows * length * config.num_layers * last
     return 3 * forward + (again if executed and config.remat == "full" else 0.0)
 

@@ -28,6 +28,8 @@ import numpy as np
 
 from jaxlm.command import call
 from jaxlm.losses.term import Term
+from jaxlm.train.agreement import gather
+from jaxlm.train.feeding import own_rows, to_devices
 from jaxlm.train.launch import connect, keep_programs
 from jaxlm.train.loop import train
 from jaxlm.train.mesh import across_and_inside, make_mesh, reach
@@ -114,14 +116,21 @@ def run_loop(folder, timeout, deed="", who=1, at=4, steps=8, width=32, retries=3
 
 
 def lay_out(folder):
-    """How a mesh lies on the processes: the process of each device, for several sizes."""
+    """How meshes of several sizes lie on the processes: the process of each device; which rows this process feeds."""
     connect()
     told = {}
-    for fsdp, tensor in ((1, 1), (2, 1), (1, 2), (4, 1), (8, 1), (2, 2)):
+    for fsdp, tensor in ((1, 1), (2, 1), (1, 2), (4, 1), (8, 1), (2, 2), (1, 8)):
         mesh = make_mesh(MeshOptions(data=-1, fsdp=fsdp, tensor=tensor))
         places = [[device.process_index for device in line] for line in mesh.devices.reshape(mesh.shape["data"], -1)]
         sliced = across_and_inside(mesh.devices.shape, jax.devices(), by_process=True)
-        told[f"{fsdp},{tensor}"] = [places, reach(mesh), bool(np.all(sliced == mesh.devices))]
+        fed = own_rows(mesh, 16)
+        batch = to_devices(mesh, np.repeat(fed[:, None], 3, axis=1).astype(np.int32))
+        for shard in batch.addressable_shards:  # row i of the batch lies where row i belongs, on whichever process
+            np.testing.assert_array_equal(np.asarray(shard.data)[:, 0], np.arange(16)[shard.index[0]])
+        rows = gather({"rows": fed.tolist()})
+        told[f"{fsdp},{tensor}"] = [
+            places, reach(mesh), bool(np.all(sliced == mesh.devices)), [one["rows"] for one in rows]
+        ]  # fmt: skip
     if jax.process_index() == 0:
         (pathlib.Path(folder) / "layout.json").write_text(json.dumps(told))
     return 0

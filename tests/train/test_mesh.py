@@ -87,13 +87,16 @@ def test_slices_take_the_first_axes():
 def test_neighbours_along_fsdp_lie_on_one_process_wherever_they_fit(pods, tmp_path, count):
     codes, said = pods.wait(pods.start(tmp_path, "layout", count=count, devices=8 // count), 240)
     assert codes == [0] * count, said
-    for sizes, (places, far, as_slices) in json.loads((tmp_path / "layout.json").read_text()).items():
+    for sizes, (places, far, as_slices, fed) in json.loads((tmp_path / "layout.json").read_text()).items():
         fsdp, tensor = map(int, sizes.split(","))
         fits = fsdp * tensor <= 8 // count
         assert all(len(set(line)) == 1 for line in places) == fits, (sizes, places)
         assert not fits or far["fsdp"] == far["tensor"] == "process"
         assert as_slices, "where a process is a slice, the mesh is the same one"
         assert far["data"] == ("slice" if fsdp * tensor < 8 else "process")
+        # Every row is fed by some process, in the order of the batch; by several only where they share its work.
+        assert sorted({row for rows in fed for row in rows}) == list(range(16))
+        assert sum(map(len, fed)) == 16 * max(1, tensor * count // 8)
     assert set(reach(make_mesh(MeshOptions(fsdp=2))).values()) == {"process"}
 
 
