@@ -160,7 +160,9 @@ def _drill(drill: Drill, fault: str, undisturbed: pathlib.Path) -> Outcome:
     """One fault."""
     rng = random.Random(f"{drill.seed}/{fault}")
     run = _Run(drill, drill.folder / fault)
-    steps, codes, said, failure = [], (), "", ""
+    steps: list[int] = []
+    codes: tuple[int, ...] = ()
+    said = failure = ""
     for _ in range(drill.kills if fault == "kill" else 1):
         who = rng.randrange(drill.processes)
         round_ = run.round(*(["run.save_retries=1"] if fault == "disk" else []))

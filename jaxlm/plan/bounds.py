@@ -31,7 +31,8 @@ def training_flops(outline: Outline, *, executed: bool) -> float:
     """FLOPs of one update over all devices: three forward passes' worth, and with `executed` what remat adds.
 
     "full" runs every layer forward twice (the head once), but for its last product, unless a norm reads that; of the
-    others only attention may run again, which is left out. LoRA does not make gradients of the kernels: a product less for each.
+    others only attention may run again, which is left out. LoRA does not make gradients of the kernels: a product less
+    for each.
     """
     config, batch = outline.model.config, outline.batch["tokens"]
     rows, length = batch.shape
