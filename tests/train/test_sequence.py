@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxlm.losses.next_token import next_token_terms
@@ -18,8 +19,7 @@ from jaxlm.nn.lora import adapted, add_lora, merge_drift
 from jaxlm.nn.position_kinds import Alibi, Hope
 from jaxlm.train.held_out import score_items
 from jaxlm.train.mesh import constrainer, loss_groups, make_mesh
-from jaxlm.train.optimizer import make_optimizer
-from jaxlm.train.options import AdamW, MeshOptions
+from jaxlm.train.options import MeshOptions
 from jaxlm.train.phase import Phase
 from jaxlm.train.pieces import make_pieces
 from jaxlm.train.step import make_train_step
@@ -153,7 +153,7 @@ def test_attention_across_the_cuts_is_the_formula(implementation):
 def train_step(tiny, config, sizes, params, batch, *, parts=1):
     mesh = mesh_of(**sizes)
     model = divided(config, mesh)
-    tx = make_optimizer(AdamW(learning_rate=1e-2, schedule="constant", warmup=0.0, epsilon=1e-3), 10)
+    tx = optax.sgd(0.1)  # adaptive ones hide wrong scales and magnify rounding
     state, places = tiny.start(tx, mesh, params)
     step = make_train_step(Phase(loss_fn_of(model), tx), mesh=mesh, shardings=places, num_parts=parts)
     return step, state
@@ -170,7 +170,7 @@ def test_a_whole_step_moves_parameters_as_on_one_device(tiny):
         state, metrics = step(state, batch)
         metrics = {name: metrics[name] for name in ("loss", "accuracy", "loss_by_task", "gradient_norm", "tokens")}
         found.append(jax.device_get((state.params, metrics)))
-    assert_near(*found, tolerance=3e-5)
+    assert_near(*found)
     assert any(np.any(x != y) for x, y in zip(jax.tree.leaves(found[0][0]), jax.tree.leaves(params), strict=True))
 
 
