@@ -179,6 +179,7 @@ def _drill(drill: Drill, fault: str, undisturbed: pathlib.Path) -> Outcome:
             failure = "the run was over before it was disturbed"
         elif not re.search(cause, said):
             failure = failure or f"no word of the cause ({cause})"
+    run.damaged = int(fault == "corrupt")
     last: dict[str, Any] = {"processes": 1, "devices": drill.devices * drill.processes} if fault == "processes" else {}
     ended, words = run.round(*(["run.bad_checkpoint=previous"] if fault == "corrupt" else []), **last).end()
     if any(ended):
@@ -209,7 +210,7 @@ class _Run:
 
     def __init__(self, drill: Drill, directory: pathlib.Path):
         self.drill, self.directory = drill, directory
-        self.rounds, self.repeated = 0, 0
+        self.rounds, self.repeated, self.damaged = 0, 0, 0  # damaged: checkpoints, the newest, that will be passed over
         directory.mkdir(parents=True)
 
     def round(self, *fields: str, processes: int = 0, devices: int = 0) -> "_Round":
@@ -253,8 +254,9 @@ class _Run:
         return sorted((path for path in found if path.name.isdecimal()), key=lambda path: int(path.name))
 
     def checkpoint(self) -> int:
-        """Updates of the newest checkpoint."""
-        return int(self.checkpoints()[-1].name) if self.checkpoints() else 0
+        """Updates of the newest checkpoint that will be read."""
+        readable = self.checkpoints()[: -self.damaged or None]
+        return int(readable[-1].name) if readable else 0
 
     def largest(self) -> tuple[pathlib.Path, int]:
         """The largest file of the newest checkpoint, and its bytes."""

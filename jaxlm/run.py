@@ -34,7 +34,7 @@ from jaxlm.train.feeding import own_rows
 from jaxlm.train.goodput import Goodput, add_lives
 from jaxlm.train.job import Job
 from jaxlm.train.launch import keep_programs
-from jaxlm.train.mesh import check_length, check_rows, constrainer, loss_groups, make_mesh, reach, shardings
+from jaxlm.train.mesh import check_length, check_rows, constrainer, loss_groups, make_mesh, shardings
 from jaxlm.train.page import write_page
 from jaxlm.train.phase import Params
 from jaxlm.train.pieces import make_pieces
@@ -92,11 +92,6 @@ def run(config: RunConfig, *, began: float | None = None) -> Result:
     mesh = make_mesh(config.mesh)
     check_rows(mesh, config.run.batch_size, config.run.micro_batches)
     check_length(mesh, config.data.length)
-    if mesh.shape["sequence"] > 1 and reach(mesh)["sequence"] != "process":
-        raise ValueError(
-            f"mesh.sequence={mesh.shape['sequence']} x mesh.tensor={mesh.shape['tensor']} reaches across processes, "
-            f"each of which feeds rows of its own: the product must divide the {jax.local_device_count()} of one"
-        )
     reason = getattr(config.method, "whole_rows", "")
     if reason and mesh.shape["sequence"] > 1:
         raise ValueError(

@@ -12,6 +12,7 @@ from jaxlm.transforms.isolation import HELD
 METHODS = ("sft", "epi", "lora", "hope", "capsule")
 ONE, EIGHT = {"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}
 SHAPES = {"1x1": (1, 1, ONE), "1x8": (1, 8, EIGHT), "2x4": (2, 4, EIGHT), "4x2": (4, 2, EIGHT)}
+ACROSS = {"tokens": (2, 2, {"data": 1, "sequence": 4})}  # pieces of every row on both processes
 STEPS = 6
 # Of parameters and moments after STEPS updates, of which each moves an entry by up to 1e-2: sums over devices are
 # taken in another order. Seen: 3e-7 for eight devices in other processes, 5e-6 for one (capsule: 8e-6 and 2.5e-5).
@@ -20,7 +21,7 @@ CLOSE = {"capsule": 1e-4}
 
 def go(pods, folder, shape, steps, into, names=METHODS):
     """Trains in `folder` as that shape, on from where it stands; the states."""
-    count, devices, mesh = SHAPES[shape]
+    count, devices, mesh = (SHAPES | ACROSS)[shape]
     told = {"names": names, "steps": steps, "mesh": mesh, "into": str(into)}
     pod = pods.start(folder, "methods", count=count, devices=devices, variables=count > 1, **told)
     codes, said = pods.wait(pod, 500)
@@ -85,3 +86,7 @@ def test_a_run_moves_between_all_shapes_and_ends_as_if_it_had_not(pods, tmp_path
         states = go(pods, tmp_path, shape, step, tmp_path / shape, names)
     for name in names:
         same(ends["1x8"][name], states[name], name)
+
+
+def test_the_tokens_of_a_row_may_lie_on_several_processes(pods, tmp_path, ends):
+    same(ends["1x8"]["hope"], go(pods, tmp_path, "tokens", STEPS, tmp_path, ("hope",))["hope"], "hope")

@@ -134,15 +134,11 @@ def test_scripts_train_runs_two_processes_as_one(pods, tmp_path):
             {1: {"argv": ["config.py", "run.seed=5"]}},
             r"disagree: config run.seed is 0 on process 0 \(.*\) and 5 on process 1",
         ),
-        (
-            {process: {"argv": ["config.py", "mesh.sequence=4"]} for process in (0, 1)},
-            "mesh.sequence=4 x mesh.tensor=1 reaches across processes, .* must divide the 2 of one",
-        ),
         ({1: {"devices": 1}}, r"disagree: devices is '2 x cpu' on process 0 \(.*\) and '1 x cpu' on process 1"),
     ],
-    ids=["config", "a mesh that cuts rows between processes", "devices"],
+    ids=["config", "devices"],
 )
-def test_what_processes_cannot_run_ends_with_one_sentence_that_says_who_or_what(pods, tmp_path, each, message):
+def test_processes_that_differ_end_with_one_sentence_that_says_who(pods, tmp_path, each, message):
     write(tmp_path)
     codes, said = pods.wait(pods.start(tmp_path, "script", argv=["config.py"], each=each))
     assert codes == [2, 2], said
