@@ -59,7 +59,7 @@ def test_only_keys_and_values_of_whole_rows_are_gathered(tiny, sequence, fsdp):
     rows, layers, kv_width = ROWS // fsdp, SMALL.num_layers, 16
     large = [one for one in program.collectives if one.payload > size and one.size > 1]
     sent = {
-        kind: (sum(x.count for x in large if x.kind == kind), {x.payload for x in large if x.kind == kind})
+        kind: (sum(x.times for x in large if x.kind == kind), {x.payload for x in large if x.kind == kind})
         for kind in {x.kind for x in large}
     }
     keys, half_a_piece = rows * LENGTH * kv_width * 4, rows * LENGTH // sequence // 2 * SMALL.width * 4
