@@ -23,23 +23,9 @@ CLAIM=${CLAIM:-}     # a PersistentVolumeClaim that many nodes may write
 DRY_RUN=${DRY_RUN:-}
 CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-fail() { printf 'tpu/jobset.sh: %s\n' "$*" >&2; exit 2; }
-
-need() {
-  local name
-  for name in "$@"; do
-    [[ -n ${!name} ]] || fail "$name is not set: export $name=... (the top of this file says what it is)"
-  done
-}
-
-call() {
-  if [[ -n $DRY_RUN ]]; then
-    printf '%q ' "$@"
-    printf '\n'
-  else
-    "$@"
-  fi
-}
+SELF=tpu/jobset.sh
+# shellcheck source=tpu/command.bash
+source "$CODE/tpu/command.bash"
 
 # `render MANIFEST [CONFIG FIELD=VALUE...]`: a later field wins over the same one in the manifest.
 render() {
@@ -70,10 +56,7 @@ render() {
   done < "$manifest"
 }
 
-words=()
-for word in "$@"; do
-  if [[ $word == --dry-run ]]; then DRY_RUN=1; else words+=("$word"); fi
-done
+take_words "$@"
 set -- ${words[@]+"${words[@]}"}  # an empty array is unset in bash 3
 command=${1:-}
 shift || true

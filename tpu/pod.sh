@@ -29,23 +29,9 @@ POLL=${POLL:-30}                           # seconds between two looks at the qu
 DRY_RUN=${DRY_RUN:-}
 CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-fail() { printf 'tpu/pod.sh: %s\n' "$*" >&2; exit 2; }
-
-need() {
-  local name
-  for name in "$@"; do
-    [[ -n ${!name} ]] || fail "$name is not set: export $name=... (the top of this file says what it is)"
-  done
-}
-
-call() {
-  if [[ -n $DRY_RUN ]]; then
-    printf '%q ' "$@"
-    printf '\n'
-  else
-    "$@"
-  fi
-}
+SELF=tpu/pod.sh
+# shellcheck source=tpu/command.bash
+source "$CODE/tpu/command.bash"
 
 tpus() { call gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE"; }
 
@@ -174,10 +160,7 @@ resume() {
   run "$@"
 }
 
-words=()
-for word in "$@"; do
-  if [[ $word == --dry-run ]]; then DRY_RUN=1; else words+=("$word"); fi
-done
+take_words "$@"
 set -- ${words[@]+"${words[@]}"}  # an empty array is unset in bash 3
 command=${1:-}
 shift || true

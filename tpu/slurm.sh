@@ -33,21 +33,11 @@ TRY_AGAIN=75                    # scripts/train.py saved after SIGTERM; the same
 DRY_RUN=${DRY_RUN:-}
 CODE=${SLURM_SUBMIT_DIR:-$PWD}  # sbatch runs a copy of this file elsewhere
 
-fail() { printf 'tpu/slurm.sh: %s\n' "$*" >&2; exit 2; }
+SELF=tpu/slurm.sh
+# shellcheck source=tpu/command.bash
+source "$CODE/tpu/command.bash"
 
-call() {
-  if [[ -n $DRY_RUN ]]; then
-    printf '%q ' "$@"
-    printf '\n'
-  else
-    "$@"
-  fi
-}
-
-words=()
-for word in "$@"; do
-  if [[ $word == --dry-run ]]; then DRY_RUN=1; else words+=("$word"); fi
-done
+take_words "$@"
 set -- ${words[@]+"${words[@]}"}  # an empty array is unset in bash 3
 for name in NAME STORAGE VENV; do
   [[ -n ${!name} ]] || fail "$name is not set: export $name=... (the top of this file says what it is)"

@@ -23,16 +23,9 @@ UNIT=jaxlm                        # one run a machine: a TPU has one owner
 CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$HOME/jaxlm-venv}
 
-fail() { printf 'tpu/worker.sh: %s\n' "$*" >&2; exit 2; }
-
-call() {
-  if [[ -n $DRY_RUN ]]; then
-    printf '%q ' "$@"
-    printf '\n'
-  else
-    "$@"
-  fi
-}
+SELF=tpu/worker.sh
+# shellcheck source=tpu/command.bash
+source "$CODE/tpu/command.bash"
 
 mount_storage() {
   if mountpoint --quiet "$MOUNT"; then return; fi
@@ -106,10 +99,7 @@ status() {
   esac
 }
 
-words=()
-for word in "$@"; do
-  if [[ $word == --dry-run ]]; then DRY_RUN=1; else words+=("$word"); fi
-done
+take_words "$@"
 set -- ${words[@]+"${words[@]}"}  # an empty array is unset in bash 3
 command=${1:-}
 shift || true

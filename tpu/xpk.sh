@@ -27,23 +27,9 @@ SAVE_EVERY=${SAVE_EVERY:-100}   # updates between two saves
 DRY_RUN=${DRY_RUN:-}
 CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-fail() { printf 'tpu/xpk.sh: %s\n' "$*" >&2; exit 2; }
-
-need() {
-  local name
-  for name in "$@"; do
-    [[ -n ${!name} ]] || fail "$name is not set: export $name=... (the top of this file says what it is)"
-  done
-}
-
-call() {
-  if [[ -n $DRY_RUN ]]; then
-    printf '%q ' "$@"
-    printf '\n'
-  else
-    "$@"
-  fi
-}
+SELF=tpu/xpk.sh
+# shellcheck source=tpu/command.bash
+source "$CODE/tpu/command.bash"
 
 apply() {
   need NAME IMAGE STORAGE
@@ -74,10 +60,7 @@ apply() {
     --termination-grace-period-seconds="$GRACE" --command="$before${train% }"
 }
 
-words=()
-for word in "$@"; do
-  if [[ $word == --dry-run ]]; then DRY_RUN=1; else words+=("$word"); fi
-done
+take_words "$@"
 set -- ${words[@]+"${words[@]}"}  # an empty array is unset in bash 3
 command=${1:-}
 shift || true
