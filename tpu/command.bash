@@ -3,6 +3,9 @@
 #
 # What the scripts of this folder share, which source it: SELF is their name in messages, DRY_RUN prints and does nothing.
 
+SELF=${SELF:?the script that sources this file says its name}
+DRY_RUN=${DRY_RUN:-}
+
 fail() {
   printf '%s: %s\n' "$SELF" "$*" >&2
   exit 2
