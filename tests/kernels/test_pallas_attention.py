@@ -19,7 +19,7 @@ from jaxlm.kernels.blocked_attention import blocked_attention
 from jaxlm.kernels.pallas_attention import pallas_attention
 from jaxlm.kernels.tiled_attention import tiled_attention
 
-NAMES = {"query": "query_BLNH", "key": "key_BLKH", "value": "value_BLKH"}
+NAMES = ("query", "key", "value")
 L, TILE = 130, 32  # of the one program that most laws look at: five tiles, the last of two tokens
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -40,7 +40,8 @@ def spread(top, width=16, heads=1):
 
 def call(felt, *, attention=pallas_attention, traced_window=None, **options):
     options |= {} if traced_window is None else {"window": traced_window}
-    return attention(**{NAMES.get(name, name): x for name, x in felt.items()}, **options)
+    arrays = {name: x for name, x in felt.items() if name not in NAMES}
+    return attention(*(felt[name] for name in NAMES), **arrays, **options)
 
 
 STATIC = ("attention", "scale", "softcap", "window", "tile", "interpret")
