@@ -149,7 +149,7 @@ def test_ragged_prompts_and_pieces_equal_the_whole_row(kind):
 def dense_without(hidden_from):
     """`attend` by whole scores, in which query i of row b does not see keys before hidden_from[b, i]."""
 
-    def attend(q, k, v, *, rates, slopes, sink, scale, softcap, window, clock, segment_ids, max_rate, implementation):
+    def attend(q, k, v, *, rates, slopes, sink, scale, softcap, window, clock, segment_ids, **unread):
         _, L, N, H = q.shape
         k, v = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k, v))
         apart = jnp.arange(L)[:, None] - jnp.arange(L)[None]

@@ -49,4 +49,4 @@ def test_the_summary_says_what_lies_where():
     page = summary_page(make_mesh(MeshOptions(fsdp=2)), RunOptions(steps=1, batch_size=16, directory="r"), ["a", "b"])
     assert "processes  2; hosts a (0), b (1)\n" in page
     assert "mesh       data=4 inside a process, fsdp=2 inside a process\n" in page
-    assert "batch      16 rows, 8 a process, in 1 parts\nsaves      at the end in r\nwatchdog   3600 s" in page
+    assert "batch      16 rows, 16 a process, in 1 parts\nsaves      at the end in r\nwatchdog   3600 s" in page

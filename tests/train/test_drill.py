@@ -49,7 +49,7 @@ def drill(pods, tmp_path):
         line = {"job": "script", "process": 0, "out": str(said), "env": dict(environ), "argv": list(arguments)}
         return Forked(pods, pods.fork(line | {"devices": devices, "folder": str(tmp_path)}))
 
-    seconds = float(os.environ.get("JAXLM_STEP_TIMEOUT", "8"))
+    seconds = float(os.environ.get("JAXLM_STEP_TIMEOUT", "25"))
     return Drill(
         start=start, config=str(tmp_path / "config.py"), folder=tmp_path, steps=9, save_every=3, seconds=seconds
     )
