@@ -46,12 +46,12 @@ def same(state, other, name):
 
 @pytest.fixture(scope="module")
 def ends(pods, tmp_path_factory):
-    """The states of each shape at the end; for four processes the two that are missing are in the last test."""
+    """The states of each shape at the end; EPI and the capsule on several processes are in the test that moves them."""
     folder = tmp_path_factory.mktemp("ends")
     found = {}
     for shape in SHAPES:
         (folder / shape).mkdir()
-        names = METHODS if shape != "4x2" else ("sft", "lora", "hope")
+        names = METHODS if SHAPES[shape][0] == 1 else ("sft", "lora", "hope")
         found[shape] = go(pods, folder / shape, shape, STEPS, folder / shape, names)
     return found
 
@@ -75,8 +75,7 @@ def test_isolation_holds_the_same_entries_everywhere(ends):
     masks = {path for path, values in ends["1x8"]["epi"].items() if values.dtype == np.uint8}
     held = sum(np.count_nonzero(ends["1x8"]["epi"][path] & HELD) for path in masks)
     assert held > 100
-    for shape in ("1x1", "2x4"):
-        assert all(np.array_equal(ends[shape]["epi"][path], ends["1x8"]["epi"][path]) for path in masks)
+    assert all(np.array_equal(ends["1x1"]["epi"][path], ends["1x8"]["epi"][path]) for path in masks)
 
 
 def test_a_run_moves_between_all_shapes_and_ends_as_if_it_had_not(pods, tmp_path, ends):

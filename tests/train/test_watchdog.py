@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pod that one process leaves in the lurch ends, says which one it was, and can be started again.
 
-JAXLM_STEP_TIMEOUT is the time-out of these runs in seconds (default 4); raise it on a machine that is very busy.
+JAXLM_STEP_TIMEOUT is the time-out of these runs in seconds (default 8); raise it on a machine that is very busy.
 """
 
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from jaxlm.train.watchdog import blamed, watching
 
-TIMEOUT = float(os.environ.get("JAXLM_STEP_TIMEOUT", "4"))
+TIMEOUT = float(os.environ.get("JAXLM_STEP_TIMEOUT", "8"))
 ENOUGH = 60 + 15 * TIMEOUT
 
 
