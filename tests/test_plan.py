@@ -103,7 +103,8 @@ def test_what_is_saved_is_what_jax_saves(remat, fields):
     loss = lambda params, batch: jnp.sum(model.apply(params, batch["tokens"]))  # noqa: E731
     jaxpr = jax.make_jaxpr(jax.grad(loss))(*shapes)
     forward = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan")
-    stacked = [v.aval for v in forward.outvars[forward.params["num_carry"] :]]
+    inside = forward.params["jaxpr"].jaxpr.outvars  # what is carried has no leading axis outside either
+    stacked = [v.aval for v, one in zip(forward.outvars, inside, strict=True) if v.aval.shape != one.aval.shape]
     rows = outline.batch["tokens"].shape[0]
     tokens = rows * 64  # products are saved as rows of tokens
     ours = [x for x in stacked if x.shape[0] == config.num_layers and x.shape[1] in (rows, tokens)]
